@@ -1,0 +1,251 @@
+// Router scoring for torch: checks, the CPU kernels, and a composite of torch's own ops for devices
+// that have no kernel of ours.
+#include "../router.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+
+namespace firstlm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// --- Checks ---------------------------------------------------------------------------------
+
+Pooling parse_pooling(std::string_view kind, int64_t windows) {
+  TORCH_CHECK_VALUE(windows >= 1, "windows is ", windows, "; expected 1 or more");
+  if (kind == "mean") return {PoolKind::kMean, windows};
+  if (kind == "windowed_mean") return {PoolKind::kWindowedMean, windows};
+  if (kind == "last") return {PoolKind::kLast, windows};
+  TORCH_CHECK_VALUE(false, "kind is '", kind, "'; expected 'mean', 'windowed_mean' or 'last'");
+}
+
+DType parse_dtype(const char* name, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, name, " is ", dtype,
+                       "; expected float32, bfloat16, float16 or float64");
+  }
+}
+
+at::ScalarType accumulator_of(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef expected,
+                 const char* letters) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " has shape ", tensor.sizes(), "; expected ",
+                    letters, " = ", expected);
+}
+
+void check_prompt_mask(const Tensor& prompt_mask, at::Device device) {
+  TORCH_CHECK_TYPE(prompt_mask.scalar_type() == at::kBool, "prompt_mask is ",
+                   prompt_mask.scalar_type(), "; expected bool, true for the prompt's tokens");
+  TORCH_CHECK_VALUE(prompt_mask.dim() == 2, "prompt_mask has shape ", prompt_mask.sizes(),
+                    "; expected [B, T]");
+  TORCH_CHECK_VALUE(prompt_mask.device() == device, "prompt_mask is on ", prompt_mask.device(),
+                    "; expected ", device, ", where the other tensor is");
+}
+
+void check_pool(const Tensor& hidden, const Tensor& prompt_mask) {
+  TORCH_CHECK_VALUE(hidden.dim() == 3, "hidden has shape ", hidden.sizes(), "; expected [B, T, D]");
+  parse_dtype("hidden", hidden.scalar_type());
+  check_prompt_mask(prompt_mask, hidden.device());
+  check_shape("prompt_mask", prompt_mask, hidden.sizes().slice(0, 2), "[B, T]");
+}
+
+void check_pool_backward(const Tensor& grad_pooled, const Tensor& prompt_mask, Pooling pooling,
+                         at::ScalarType dtype) {
+  parse_dtype("dtype", dtype);
+  check_prompt_mask(prompt_mask, grad_pooled.device());
+  TORCH_CHECK_VALUE(grad_pooled.dim() == 2 && grad_pooled.size(0) == prompt_mask.size(0) &&
+                        grad_pooled.size(1) % pooling.W() == 0,
+                    "grad_pooled has shape ", grad_pooled.sizes(), "; expected [",
+                    prompt_mask.size(0), ", a multiple of ", pooling.W(), "]");
+  TORCH_CHECK_TYPE(grad_pooled.scalar_type() == accumulator_of(dtype), "grad_pooled is ",
+                   grad_pooled.scalar_type(), "; expected ", accumulator_of(dtype), " for ", dtype,
+                   " hidden states");
+}
+
+void check_head_parameter(const char* name, const Tensor& parameter, const Tensor& pooled,
+                          at::IntArrayRef shape, const char* letters) {
+  check_shape(name, parameter, shape, letters);
+  TORCH_CHECK_TYPE(parameter.scalar_type() == pooled.scalar_type(), name, " is ",
+                   parameter.scalar_type(), "; expected ", pooled.scalar_type(),
+                   ", the type of pooled");
+  TORCH_CHECK_VALUE(parameter.device() == pooled.device(), name, " is on ", parameter.device(),
+                    "; expected ", pooled.device(), ", where pooled is");
+}
+
+void check_head(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
+                const OptionalTensor& out_weight, const OptionalTensor& out_bias) {
+  TORCH_CHECK_TYPE(pooled.scalar_type() == at::kFloat || pooled.scalar_type() == at::kDouble,
+                   "pooled is ", pooled.scalar_type(), "; expected float32 or float64");
+  TORCH_CHECK_VALUE(pooled.dim() == 2, "pooled has shape ", pooled.sizes(), "; expected [B, F]");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight has shape ", weight.sizes(), "; expected [H, F]");
+  const int64_t H = weight.size(0), F = pooled.size(1);
+  check_head_parameter("weight", weight, pooled, {H, F}, "[H, F]");
+  check_head_parameter("bias", bias, pooled, {H}, "[H]");
+  TORCH_CHECK_VALUE(out_weight.has_value() == out_bias.has_value(),
+                    out_weight ? "out_weight" : "out_bias", " was given without its ",
+                    out_weight ? "out_bias" : "out_weight", "; a bottleneck head needs both");
+  if (out_weight) {
+    check_head_parameter("out_weight", *out_weight, pooled, {1, H}, "[1, H]");
+    check_head_parameter("out_bias", *out_bias, pooled, {1}, "[1]");
+  } else {
+    TORCH_CHECK_VALUE(H == 1, "weight has shape ", weight.sizes(), "; a linear head expects [1, ",
+                      F, "], a bottleneck head also out_weight and out_bias");
+  }
+}
+
+// --- CPU ------------------------------------------------------------------------------------
+
+int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+Tensor router_pool_cpu(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
+                       int64_t windows) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool(hidden, prompt_mask);
+  const int64_t B = hidden.size(0), T = hidden.size(1), D = hidden.size(2);
+  // Views of [B, T, D] are read in place; only elements that lie apart are copied.
+  const Tensor states = hidden.stride(2) == 1 || D <= 1 ? hidden : hidden.contiguous();
+  const Tensor mask = prompt_mask.contiguous();
+  Tensor pooled =
+      at::empty({B, pooling.W() * D}, hidden.options().dtype(accumulator_of(hidden.scalar_type())));
+  const HiddenStates view{states.const_data_ptr(),
+                          parse_dtype("hidden", states.scalar_type()),
+                          B,
+                          T,
+                          D,
+                          states.stride(0),
+                          states.stride(1)};
+  router_pool(kernels(), view, mask.const_data_ptr<bool>(), pooling, num_threads(),
+              pooled.mutable_data_ptr());
+  return pooled;
+}
+
+Tensor router_pool_backward_cpu(const Tensor& grad_pooled, const Tensor& prompt_mask,
+                                std::string_view kind, int64_t windows, at::ScalarType dtype) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_backward(grad_pooled, prompt_mask, pooling, dtype);
+  const int64_t B = prompt_mask.size(0), T = prompt_mask.size(1);
+  const int64_t D = grad_pooled.size(1) / pooling.W();
+  const Tensor grad = grad_pooled.contiguous(), mask = prompt_mask.contiguous();
+  Tensor grad_hidden = at::empty({B, T, D}, grad_pooled.options().dtype(dtype));
+  const HiddenStates view{nullptr, parse_dtype("dtype", dtype), B, T, D, T * D, D};
+  router_pool_backward(view, mask.const_data_ptr<bool>(), pooling, grad.const_data_ptr(),
+                       num_threads(), grad_hidden.mutable_data_ptr());
+  return grad_hidden;
+}
+
+template <class T>
+Tensor run_router_head(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
+                       const OptionalTensor& out_weight, const OptionalTensor& out_bias,
+                       double norm_eps) {
+  const Tensor x = pooled.contiguous(), w = weight.contiguous(), b = bias.contiguous();
+  const Tensor out_w = out_weight ? out_weight->contiguous() : Tensor();
+  const int64_t B = pooled.size(0), H = weight.size(0);
+  const RouterHead<T> head{pooled.size(1),
+                           H,
+                           w.const_data_ptr<T>(),
+                           b.const_data_ptr<T>(),
+                           out_weight ? out_w.const_data_ptr<T>() : nullptr,
+                           out_bias ? out_bias->const_data_ptr<T>() : nullptr,
+                           norm_eps};
+  Tensor units = at::empty({out_weight ? B * H : 0}, pooled.options());
+  Tensor logit = at::empty({B}, pooled.options());
+  router_head(kernels(), head, x.const_data_ptr<T>(), B, num_threads(), units.mutable_data_ptr<T>(),
+              logit.mutable_data_ptr<T>());
+  return logit;
+}
+
+Tensor router_head_cpu(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
+                       const OptionalTensor& out_weight, const OptionalTensor& out_bias,
+                       double norm_eps) {
+  check_head(pooled, weight, bias, out_weight, out_bias);
+  const auto run =
+      pooled.scalar_type() == at::kDouble ? run_router_head<double> : run_router_head<float>;
+  return run(pooled, weight, bias, out_weight, out_bias, norm_eps);
+}
+
+// --- Composite ------------------------------------------------------------------------------
+
+// [B, W, T]: what each token weighs in each feature; rows of zeros where there is no prompt.
+Tensor pooling_weights(const Tensor& prompt_mask, Pooling pooling, at::ScalarType dtype) {
+  const auto options = prompt_mask.options().dtype(at::kLong);
+  const Tensor rank = prompt_mask.cumsum(1, at::kLong).sub(1).unsqueeze(1);  // [B, 1, T]
+  const Tensor n = prompt_mask.sum(1, true, at::kLong);                      // [B, 1]
+  const Tensor w = at::arange(pooling.W(), options).unsqueeze(0);            // [1, W]
+  const bool is_last = pooling.kind == PoolKind::kLast;
+  const Tensor begin = is_last ? n - 1 : (w * n).floor_divide(pooling.W());  // [B, W]
+  const Tensor end = is_last ? n : at::maximum(begin + 1, ((w + 1) * n).floor_divide(pooling.W()));
+  const Tensor in_range = (rank >= begin.unsqueeze(2)) & (rank < end.unsqueeze(2));
+  return (in_range & prompt_mask.unsqueeze(1)).to(dtype) / (end - begin).unsqueeze(2).to(dtype);
+}
+
+Tensor router_pool_composite(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
+                             int64_t windows) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool(hidden, prompt_mask);
+  const at::ScalarType dtype = accumulator_of(hidden.scalar_type());
+  // Not a product with the mask: what stands at masked tokens may be infinite.
+  const Tensor states = at::where(prompt_mask.unsqueeze(2), hidden, 0).to(dtype);
+  return at::bmm(pooling_weights(prompt_mask, pooling, dtype), states).flatten(1);
+}
+
+Tensor router_pool_backward_composite(const Tensor& grad_pooled, const Tensor& prompt_mask,
+                                      std::string_view kind, int64_t windows,
+                                      at::ScalarType dtype) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_backward(grad_pooled, prompt_mask, pooling, dtype);
+  const Tensor weights = pooling_weights(prompt_mask, pooling, grad_pooled.scalar_type());
+  const Tensor grad = grad_pooled.unflatten(1, {pooling.W(), grad_pooled.size(1) / pooling.W()});
+  return at::bmm(weights.transpose(1, 2), grad).to(dtype);
+}
+
+Tensor router_head_composite(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
+                             const OptionalTensor& out_weight, const OptionalTensor& out_bias,
+                             double norm_eps) {
+  check_head(pooled, weight, bias, out_weight, out_bias);
+  Tensor x = pooled;
+  if (norm_eps > 0) x = x * at::rsqrt(x.square().mean(1, true) + norm_eps);
+  const Tensor units = at::linear(x, weight, bias);
+  return (out_weight ? at::linear(at::silu(units), *out_weight, *out_bias) : units).squeeze(1);
+}
+
+}  // namespace
+}  // namespace firstlm
+
+TORCH_LIBRARY_IMPL(firstlm, CPU, m) {
+  m.impl("router_pool", firstlm::router_pool_cpu);
+  m.impl("router_pool_backward", firstlm::router_pool_backward_cpu);
+  m.impl("router_head", firstlm::router_head_cpu);
+}
+
+TORCH_LIBRARY_IMPL(firstlm, CompositeExplicitAutograd, m) {
+  m.impl("router_pool", firstlm::router_pool_composite);
+  m.impl("router_pool_backward", firstlm::router_pool_backward_composite);
+  m.impl("router_head", firstlm::router_head_composite);
+}

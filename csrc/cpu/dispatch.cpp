@@ -1,0 +1,51 @@
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace firstlm {
+
+extern const Kernels kernels_portable;
+#ifdef FIRSTLM_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> tables = [] {
+    std::vector<const Kernels*> found{&kernels_portable};
+#ifdef FIRSTLM_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      found.push_back(&kernels_avx2);
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      found.push_back(&kernels_avx512);
+    }
+#endif
+    return found;
+  }();
+  return tables;
+}
+
+const Kernels& find_kernels(const std::string& isa) {
+  if (isa.empty()) return *available_kernels().back();
+  std::string names;
+  for (const Kernels* table : available_kernels()) {
+    if (isa == table->isa) return *table;
+    names += names.empty() ? table->isa : std::string(", ") + table->isa;
+  }
+  throw std::invalid_argument("FIRSTLM_ISA is '" + isa + "'; this machine and build have " + names);
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    const char* isa = std::getenv("FIRSTLM_ISA");
+    return find_kernels(isa ? isa : "");
+  }();
+  return chosen;
+}
+
+}  // namespace firstlm

@@ -1,0 +1,76 @@
+// The bodies of the kernels, written once over F32 and F64 of a vec_*.h. Each isa_*.cpp includes
+// this file inside an anonymous namespace. Nothing of std is used here: an instantiation compiled
+// for AVX-512 could be the one that the linker keeps for everybody.
+
+template <class T>
+struct VecOf {
+  using type = F32;
+};
+template <>
+struct VecOf<double> {
+  using type = F64;
+};
+
+template <int kCount, class T>
+void add_row_group(const void* const* rows, int64_t width, Accumulator<T>* sums) {
+  using Vec = typename VecOf<T>::type;
+  const T* row[kCount];
+  for (int r = 0; r < kCount; ++r) row[r] = static_cast<const T*>(rows[r]);
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= width; i += Vec::kLanes) {
+    Vec group = Vec::load(row[0] + i);
+    for (int r = 1; r < kCount; ++r) group = group + Vec::load(row[r] + i);
+    (Vec::load(sums + i) + group).store(sums + i);
+  }
+  for (; i < width; ++i) {
+    Accumulator<T> group = widen(row[0][i]);
+    for (int r = 1; r < kCount; ++r) group += widen(row[r][i]);
+    sums[i] += group;
+  }
+}
+
+template <class T>
+void add_rows(const void* const* rows, int count, int64_t width, void* sums) {
+  static_assert(kRowsPerPass == 4);
+  auto* out = static_cast<Accumulator<T>*>(sums);
+  switch (count) {
+    case 1:
+      return add_row_group<1, T>(rows, width, out);
+    case 2:
+      return add_row_group<2, T>(rows, width, out);
+    case 3:
+      return add_row_group<3, T>(rows, width, out);
+    case 4:
+      return add_row_group<4, T>(rows, width, out);
+  }
+}
+
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  using Vec = typename VecOf<T>::type;
+  constexpr int kChains = 4;  // the latency of an fma, in fmas
+  Vec sums[kChains];
+  for (int c = 0; c < kChains; ++c) sums[c] = Vec::zero();
+  int64_t i = 0;
+  for (; i + kChains * Vec::kLanes <= n; i += kChains * Vec::kLanes) {
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t at = i + c * Vec::kLanes;
+      sums[c] = Vec::fma(Vec::load(a + at), Vec::load(b + at), sums[c]);
+    }
+  }
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
+    sums[0] = Vec::fma(Vec::load(a + i), Vec::load(b + i), sums[0]);
+  }
+  T total = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+constexpr Kernels make_kernels(const char* isa) {
+  return {
+      isa,
+      {add_rows<float>, add_rows<double>, add_rows<BFloat16>, add_rows<Float16>},
+      dot<float>,
+      dot<double>,
+  };
+}

@@ -1,0 +1,37 @@
+// The functions that are built once per instruction set, as a table; dispatch.cpp picks one.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../dtype.h"
+
+namespace firstlm {
+
+// Rows that add_rows takes at once: enough streams to hide that the sums pass through L1.
+inline constexpr int kRowsPerPass = 4;
+
+struct Kernels {
+  const char* isa;
+
+  // sums[i] += rows[0][i] + … + rows[count - 1][i] for i < width and count in [1, kRowsPerPass].
+  // Rows are of the table index's type, sums of its accumulator's. The order of additions is
+  // the same on every instruction set, and so are the sums.
+  void (*add_rows[kNumDTypes])(const void* const* rows, int count, int64_t width, void* sums);
+
+  float (*dot_f32)(const float* a, const float* b, int64_t n);
+  double (*dot_f64)(const double* a, const double* b, int64_t n);
+};
+
+// The best table of this machine, or the one that the environment variable FIRSTLM_ISA names;
+// chosen once. Throws std::invalid_argument for a name that this machine or build does not have.
+const Kernels& kernels();
+
+// Every table that this machine can run, the portable one first, the best one last.
+const std::vector<const Kernels*>& available_kernels();
+
+// The table of that name; an empty name is the best one. Throws as kernels() does.
+const Kernels& find_kernels(const std::string& isa);
+
+}  // namespace firstlm

@@ -1,0 +1,45 @@
+// Vectors of AVX2 with FMA and F16C. Include inside an anonymous namespace, <immintrin.h> before.
+
+struct F32 {
+  static constexpr int kLanes = 8;
+  __m256 v;
+
+  static F32 zero() { return {_mm256_setzero_ps()}; }
+  static F32 load(const float* from) { return {_mm256_loadu_ps(from)}; }
+  static F32 load(const BFloat16* from) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bit(from)), 16))};
+  }
+  static F32 load(const Float16* from) { return {_mm256_cvtph_ps(load_16_bit(from))}; }
+  void store(float* to) const { _mm256_storeu_ps(to, v); }
+
+  static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+
+  float sum() const {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+
+ private:
+  static __m128i load_16_bit(const void* from) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(from));
+  }
+};
+
+struct F64 {
+  static constexpr int kLanes = 4;
+  __m256d v;
+
+  static F64 zero() { return {_mm256_setzero_pd()}; }
+  static F64 load(const double* from) { return {_mm256_loadu_pd(from)}; }
+  void store(double* to) const { _mm256_storeu_pd(to, v); }
+
+  static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  friend F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+
+  double sum() const {
+    const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+  }
+};

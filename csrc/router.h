@@ -1,0 +1,66 @@
+// Router scoring: hidden states of the prompt -> pooled features -> one logit per sequence.
+// Letters: B sequences, T tokens, D hidden size, W windows, F = W * D features, H bottleneck units.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "dtype.h"
+
+namespace firstlm {
+
+enum class PoolKind { kMean, kWindowedMean, kLast };
+
+struct Pooling {
+  PoolKind kind;
+  int64_t windows;  // at least 1; read by kWindowedMean only
+
+  int64_t W() const { return kind == PoolKind::kWindowedMean ? windows : 1; }
+};
+
+// Prompt tokens counted from the row's first one, whatever lies between them.
+struct TokenRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// The tokens that feature window w of a row with n > 0 prompt tokens is the mean of; never empty.
+// Ranges follow one another; with n < W, windows share a token instead of being empty.
+TokenRange pooled_range(Pooling pooling, int64_t w, int64_t n);
+
+struct HiddenStates {
+  const void* data;  // [B, T, D], elements of a token contiguous
+  DType dtype;
+  int64_t B, T, D;
+  int64_t stride_B, stride_T;  // elements
+
+  int64_t bytes() const;
+};
+
+// prompt_mask [B, T] contiguous, true for the prompt's tokens. Writes pooled [B, W * D], f64 if
+// hidden is f64 and f32 otherwise; a row without a prompt token becomes zeros. Hidden states of
+// masked tokens are not read, and do not change the result's bits.
+void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool* prompt_mask,
+                 Pooling pooling, int threads, void* pooled);
+
+// Adjoint of router_pool: grad_pooled [B, W * D] -> grad_hidden [B, T, D] contiguous, every element
+// written. `hidden` gives shape and type; its data is not read.
+void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
+                          const void* grad_pooled, int threads, void* grad_hidden);
+
+template <class T>
+struct RouterHead {
+  int64_t F, H;
+  const T* weight;      // [H, F]
+  const T* bias;        // [H]
+  const T* out_weight;  // [H]; null for the linear head, whose H is 1
+  const T* out_bias;    // [1]
+  double norm_eps;      // features are divided by their root mean square if positive
+};
+
+// pooled [B, F] -> logit [B]. units [B, H] is scratch, used by the bottleneck head only.
+template <class T>
+void router_head(const Kernels& kernels, const RouterHead<T>& head, const T* pooled, int64_t B,
+                 int threads, T* units, T* logit);
+
+}  // namespace firstlm
