@@ -1,0 +1,142 @@
+"""Checkpoints of a routed model: routers and adapter beside an untouched base.
+
+folder/router_config.json    RouterConfig
+folder/router.safetensors    layers.N.weight, layers.N.bias, ...
+folder/adapter/              PEFT's own files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
+
+from firstlm.router import RouterConfig
+
+CONFIG_NAME = "router_config.json"
+WEIGHTS_NAME = "router.safetensors"
+ADAPTER_FOLDER = "adapter"
+# Keys of a config.json that say how a model was saved or loaded, not what it is.
+_NOT_IDENTITY = ("transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is a folder that `save_checkpoint` wrote."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def base_config_sha256(base: str | Path, **kwargs: Any) -> str:
+    """Hash of what the base's own config says the model is.
+
+    Args:
+        base: folder, hub id, or folder of a GGUF (`gguf_file=`).
+    """
+    values, _ = PretrainedConfig.get_config_dict(str(base), **kwargs)
+    identity = {
+        key: value
+        for key, value in values.items()
+        if key not in _NOT_IDENTITY and not key.startswith("_")
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def router_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """`layers.N.<parameter>` -> tensor, contiguous on the CPU."""
+    return {
+        f"layers.{layer_idx}.{name}": tensor.detach().to("cpu").contiguous()
+        for layer_idx, layer in enumerate(model.decoder_layers)
+        for name, tensor in layer.router.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_router_state_dict(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Load the inverse of `router_state_dict`.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen tensors, named; nothing is loaded then.
+    """
+    own = {
+        f"layers.{layer_idx}.{name}": tensor
+        for layer_idx, layer in enumerate(model.decoder_layers)
+        for name, tensor in layer.router.named_parameters()
+    }
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    misshapen = [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"routers do not fit the model: missing {missing}, unexpected {unexpected}, "
+            f"of another shape {sorted(misshapen)}"
+        )
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+def save_checkpoint(model: Any, folder: str | Path) -> None:
+    """Write routers and, if one is attached, the adapter; each file appears whole or not at all."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; a checkpoint is a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
+        new = Path(scratch)
+        save_file(router_state_dict(model), new / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(model.router_config.to_dict(), indent=2) + "\n"
+        (new / CONFIG_NAME).write_text(text, encoding="utf-8")
+        _save_adapter(model, new / ADAPTER_FOLDER)
+        adapter = folder / ADAPTER_FOLDER
+        if (new / ADAPTER_FOLDER).exists():
+            if adapter.exists():
+                adapter.rename(new / "old-adapter")
+            (new / ADAPTER_FOLDER).rename(adapter)
+        elif adapter.exists():
+            shutil.rmtree(adapter)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(new / name, folder / name)
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """The active adapter in PEFT's own format, if the model has one."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return
+    from peft import get_peft_model_state_dict
+
+    name = model.active_adapters()[0]
+    folder.mkdir()
+    config = model.peft_config[name]
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    training, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(folder)
+    finally:
+        config.inference_mode = training
+
+
+def load_routers(model: Any, folder: str | Path) -> None:
+    """Load `router.safetensors` of a checkpoint into attached routers."""
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has a {CONFIG_NAME} but no {WEIGHTS_NAME}")
+    load_router_state_dict(model, load_file(path))
+
+
+def read_router_config(folder: str | Path) -> RouterConfig:
+    """The `RouterConfig` of a checkpoint.
+
+    Raises:
+        ValueError: the folder is not a checkpoint.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a firstlm checkpoint: it has no {CONFIG_NAME}")
+    return RouterConfig.from_file(path)

@@ -1,0 +1,191 @@
+"""`from_pretrained`: a base model, its routers and its adapter, from wherever they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from firstlm import checkpoint, embedded_model
+from firstlm.routed_model import find_decoder_layers, routed_model_class
+from firstlm.router import RouterConfig
+from firstlm.skip_cache import sliding_windows
+
+
+def from_pretrained(
+    base: str | os.PathLike[str],
+    router: RouterConfig | str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    merge_adapter: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a decoder-only causal LM and give it routers.
+
+    Args:
+        base: a folder or hub id of a Hugging Face model, a `.gguf` file, "embedded" (the model that
+            firstlm can obtain by itself), or a folder written by `save_pretrained`, which names its
+            own base.
+        router: a `RouterConfig` for fresh routers, a checkpoint folder to take routers from, or None:
+            the checkpoint's own, else fresh ones that keep every layer.
+        adapter: folder or hub id of a PEFT adapter; None: the checkpoint's own, if any; False: none.
+        dtype: of the base's weights, a torch dtype or its name; None as transformers chooses.
+        device_map: as transformers takes it.
+        merge_adapter: merge the adapter into the weights (faster decode, no more adapter training).
+        **kwargs: handed to transformers' `from_pretrained` (`revision`, `attn_implementation`, …).
+
+    Returns:
+        The model, of a subclass of its own class, in eval mode.
+
+    Raises:
+        ValueError: a model without decoder layers that can be skipped (encoder-decoder,
+            state-space, …), routers of another model, or a folder that is not what it should be.
+    """
+    folder = None
+    if checkpoint.is_checkpoint(base):
+        folder = Path(base)
+        base = _base_of(folder)
+    if folder is not None and adapter is None:
+        adapter = folder / checkpoint.ADAPTER_FOLDER
+        adapter = adapter if adapter.is_dir() else None
+    if router is None:
+        router = folder
+    routers = None if router is None or isinstance(router, RouterConfig) else Path(router)
+    config = checkpoint.read_router_config(routers) if routers else router or RouterConfig()
+    source, options = _resolve(base, kwargs)
+    sha256 = checkpoint.base_config_sha256(source, **options)
+    if routers is not None and config.base_config_sha256 not in (None, sha256):
+        raise ValueError(
+            f"the routers in {routers} were made for {config.base_model_name_or_path!r}, whose "
+            f"config differs from that of {str(base)!r}"
+        )
+    model = _load_base(source, options, dtype, device_map, kwargs)
+    revision = getattr(model.config, "_commit_hash", None)
+    model.attach_routers(
+        dataclasses.replace(
+            config,
+            base_model_name_or_path=_absolute(base),
+            base_revision=revision,
+            base_config_sha256=sha256,
+        )
+    )
+    if routers is not None:
+        checkpoint.load_routers(model, routers)
+    if adapter:
+        _attach_adapter(model, str(adapter), merge_adapter)
+    return model.eval()
+
+
+def _base_of(folder: Path) -> str:
+    base = checkpoint.read_router_config(folder).base_model_name_or_path
+    if base is None:
+        raise ValueError(f"{folder / checkpoint.CONFIG_NAME} names no base_model_name_or_path")
+    return base
+
+
+def _absolute(base: str | os.PathLike[str]) -> str:
+    """What a checkpoint writes down: aliases and hub ids as they are, local paths absolute."""
+    return str(Path(base).resolve()) if Path(base).exists() else str(base)
+
+
+def _resolve(base: str | os.PathLike[str], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(what transformers loads, extra arguments that find it)."""
+    options = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+    if embedded_model.is_alias(str(base)):
+        return str(embedded_model.path()), options
+    path = Path(base)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist")
+        return str(embedded_model.converted_gguf(path)), options
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is neither a Hugging Face model (no config.json) nor a firstlm checkpoint "
+            f"(no {checkpoint.CONFIG_NAME})"
+        )
+    return str(base), options
+
+
+def _load_base(
+    source: str,
+    options: dict[str, Any],
+    dtype: torch.dtype | str | None,
+    device_map: Any,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **options)
+    base_class = causal_lm_class(config)
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    model = routed_model_class(base_class).from_pretrained(
+        source, config=config, **options, **kwargs
+    )
+    check_routable(model)
+    if model.generation_config is not None:
+        # Some hub models ask for a static cache by default; ours takes its place.
+        model.generation_config.cache_implementation = None
+    return model
+
+
+def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of a decoder-only causal LM that firstlm can route.
+
+    Raises:
+        ValueError: any other kind of model, before its weights are read.
+    """
+    accepted = "firstlm routes decoder-only causal LMs whose layers are attention layers"
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder model; {accepted}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{kind} is not a causal LM that transformers knows; {accepted}")
+    if config.get_text_config(decoder=True) is not config:
+        raise ValueError(
+            f"{kind} holds several models; load its text model alone (its text config). {accepted}"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
+    if model_class._is_stateful or not hasattr(config, "num_attention_heads"):
+        raise ValueError(f"{kind} keeps a recurrent state (state-space model); {accepted}")
+    sliding_windows(config)
+    return model_class
+
+
+def check_routable(model: PreTrainedModel) -> None:
+    """Raises ValueError if the layers of a loaded model cannot be routed."""
+    layers = find_decoder_layers(model)
+    name = type(model).__name__
+    if len(layers) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"{name} has {len(layers)} decoder layers, its config says "
+            f"{model.config.num_hidden_layers}"
+        )
+    parameters = inspect.signature(type(layers[0]).forward).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"{name}: {type(layers[0]).__name__}.forward takes no **kwargs, through which firstlm "
+            "tells a layer its plan; a newer transformers may"
+        )
+    if model.config._attn_implementation not in ("eager", "sdpa", "flash_attention_2"):
+        raise ValueError(
+            f"attn_implementation={model.config._attn_implementation!r} is not supported; load "
+            'with "sdpa", "eager" or "flash_attention_2"'
+        )
+
+
+def _attach_adapter(model: PreTrainedModel, adapter: str, merge: bool) -> None:
+    if merge:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    else:
+        model.load_adapter(adapter)

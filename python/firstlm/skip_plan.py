@@ -1,0 +1,227 @@
+"""The skip plan: which decoder layers one sequence keeps, and the rule that decides it.
+
+Letters used below: B sequences, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+KEPT, SKIPPED = "▮", "▯"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """The layers that one sequence keeps, for its prompt and its whole answer.
+
+    Immutable, hashable, picklable. `str(plan)` is one character a layer (`▮▮▯▮`).
+
+    Args:
+        kept: indices of the kept layers, in any order, each in `[0, num_layers)`.
+        num_layers: number of decoder layers of the model.
+
+    Raises:
+        ValueError: an index outside the model, a duplicate, or no kept layer at all.
+    """
+
+    kept: tuple[int, ...]
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        kept = tuple(sorted(int(layer) for layer in self.kept))
+        num_layers = int(self.num_layers)
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        if not kept:
+            raise ValueError("a skip plan must keep at least one layer, got kept=()")
+        if len(set(kept)) != len(kept):
+            raise ValueError(f"a skip plan names each kept layer once, got {kept}")
+        if kept[0] < 0 or kept[-1] >= num_layers:
+            raise ValueError(f"kept layers must lie in [0, {num_layers}), got {kept}")
+        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "num_layers", num_layers)
+
+    @classmethod
+    def full(cls, num_layers: int) -> SkipPlan:
+        """The plan that keeps every layer."""
+        return cls(tuple(range(num_layers)), num_layers)
+
+    @classmethod
+    def from_mask(cls, keep_mask: Sequence[bool] | torch.Tensor) -> SkipPlan:
+        """The plan of one row of a keep mask, `[L]`, true = kept."""
+        flags = [bool(flag) for flag in keep_mask]
+        return cls(tuple(layer for layer, flag in enumerate(flags) if flag), len(flags))
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """The layers that are not kept."""
+        kept = set(self.kept)
+        return tuple(layer for layer in range(self.num_layers) if layer not in kept)
+
+    @property
+    def skip_rate(self) -> float:
+        """Skipped layers / all layers."""
+        return 1.0 - len(self.kept) / self.num_layers
+
+    def to_mask(self) -> torch.Tensor:
+        """The plan as a bool tensor `[L]` on the CPU, true = kept."""
+        mask = torch.zeros(self.num_layers, dtype=torch.bool)
+        mask[list(self.kept)] = True
+        return mask
+
+    def to_json(self) -> str:
+        """`{"version": 1, "num_layers": 30, "kept": [0, 1, ...]}`."""
+        return json.dumps(
+            {"version": _FORMAT_VERSION, "num_layers": self.num_layers, "kept": list(self.kept)}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> SkipPlan:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not JSON, a missing key, or a version that this release does not read.
+        """
+        try:
+            fields = json.loads(text)
+            version, kept, num_layers = fields["version"], fields["kept"], fields["num_layers"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'not a skip plan: {text!r}; expected {{"version", "num_layers", "kept"}}'
+            ) from error
+        if version != _FORMAT_VERSION:
+            raise ValueError(
+                f"skip plan version {version} is not supported, expected {_FORMAT_VERSION}"
+            )
+        return cls(tuple(kept), num_layers)
+
+    def __str__(self) -> str:
+        kept = set(self.kept)
+        return "".join(KEPT if layer in kept else SKIPPED for layer in range(self.num_layers))
+
+    def _repr_html_(self) -> str:
+        kept = set(self.kept)
+        cells = "".join(
+            f'<span title="layer {layer}: {"kept" if layer in kept else "skipped"}" style="'
+            "display:inline-block;width:10px;height:16px;margin:1px;border:1px solid #3b6ea5;"
+            f'background:{"#3b6ea5" if layer in kept else "transparent"}"></span>'
+            for layer in range(self.num_layers)
+        )
+        return (
+            f"<div>{cells} <small>{len(kept)} of {self.num_layers} layers kept, "
+            f"skip rate {self.skip_rate:.0%}</small></div>"
+        )
+
+
+def plans_to_mask(
+    plans: SkipPlan | Iterable[SkipPlan] | torch.Tensor, batch_size: int, num_layers: int
+) -> torch.Tensor:
+    """One plan, one plan a sequence, or a keep mask, as a keep mask.
+
+    Args:
+        plans: a `SkipPlan` for all sequences, `batch_size` plans, or a tensor `[B, L]` or `[L]`.
+        batch_size: B.
+        num_layers: L.
+
+    Returns:
+        bool `[B, L]` on the CPU, true = kept.
+
+    Raises:
+        ValueError: a plan of another model size, a wrong number of plans, or a row that keeps
+            no layer.
+        TypeError: something that is not a plan.
+    """
+    if isinstance(plans, torch.Tensor):
+        mask = plans.detach().to("cpu", torch.bool)
+        if mask.ndim == 1:
+            mask = mask.expand(batch_size, -1)
+    else:
+        rows = [plans] * batch_size if isinstance(plans, SkipPlan) else list(plans)
+        for plan in rows:
+            if not isinstance(plan, SkipPlan):
+                raise TypeError(f"skip_plan takes SkipPlan objects, got {type(plan).__name__}")
+            if plan.num_layers != num_layers:
+                raise ValueError(
+                    f"a skip plan over {plan.num_layers} layers does not fit a model of "
+                    f"{num_layers} layers"
+                )
+        if len(rows) != batch_size:
+            raise ValueError(
+                f"skip_plan takes one plan or one a prompt: got {len(rows)} plans for "
+                f"{batch_size} prompts"
+            )
+        mask = torch.stack([plan.to_mask() for plan in rows]) if rows else torch.ones(0, num_layers)
+    if mask.shape != (batch_size, num_layers):
+        raise ValueError(
+            f"a keep mask must be [{batch_size}, {num_layers}] (sequences, layers), "
+            f"got {list(mask.shape)}"
+        )
+    mask = mask.to(torch.bool)
+    if batch_size and not bool(mask.any(dim=1).all()):
+        raise ValueError("a skip plan must keep at least one layer in every row")
+    return mask.contiguous()
+
+
+def mask_to_plans(keep_mask: torch.Tensor) -> list[SkipPlan]:
+    """A keep mask `[B, L]` as one plan a row."""
+    return [SkipPlan.from_mask(row) for row in keep_mask.tolist()]
+
+
+def keep_decision(keep_prob: torch.Tensor, threshold: float, protected: bool) -> torch.Tensor:
+    """The one rule that turns a router's score into a decision.
+
+    Args:
+        keep_prob: `[B]`, the probability of keeping one layer.
+        threshold: of that layer.
+        protected: the layer is always kept.
+
+    Returns:
+        bool `[B]`: kept iff `keep_prob >= threshold` or the layer is protected.
+    """
+    if protected:
+        return torch.ones_like(keep_prob, dtype=torch.bool)
+    return keep_prob >= threshold
+
+
+def exact_budget_mask(
+    keep_prob: torch.Tensor, skip_rate: float, protected: Iterable[int]
+) -> torch.Tensor:
+    """Drop the layers with the lowest scores, the same number in every row.
+
+    Args:
+        keep_prob: `[B, L]`, scores of one unskipped pass.
+        skip_rate: asked share of skipped layers; rounded to whole layers.
+        protected: layers that are never dropped.
+
+    Returns:
+        bool `[B, L]` on the CPU, true = kept.
+
+    Raises:
+        ValueError: a rate outside [0, 1), or more layers to drop than are unprotected.
+    """
+    num_layers = keep_prob.shape[1]
+    check_skip_rate(skip_rate)
+    num_dropped = round(skip_rate * num_layers)
+    protected = sorted(set(protected))
+    available = num_layers - max(len(protected), 1)
+    if num_dropped > available:
+        raise ValueError(
+            f"budget {skip_rate} asks to skip {num_dropped} of {num_layers} layers, but only "
+            f"{available} may be skipped (protected layers: {protected})"
+        )
+    scores = keep_prob.detach().to("cpu", torch.float64).clone()
+    scores[:, protected] = float("inf")
+    mask = torch.ones(scores.shape, dtype=torch.bool)
+    dropped = scores.argsort(dim=1, stable=True)[:, :num_dropped]
+    return mask.scatter_(1, dropped, False)
+
+
+def check_skip_rate(skip_rate: float) -> None:
+    """Raises ValueError unless `skip_rate` lies in [0, 1)."""
+    if not 0.0 <= skip_rate < 1.0:
+        raise ValueError(f"a skip rate must lie in [0, 1), got {skip_rate}")
