@@ -1,0 +1,98 @@
+"""The terms of the training loss, as sums over a micro-batch.
+
+loss of an optimizer step =   sum of answer CE          / answer tokens of the step, all processes
+                            + alpha * sum of kept share / sequences of the step, all processes
+                            + lambda * ||router weights||^2                       (once per step)
+
+Each function returns a sum; the trainer divides by counts of the whole optimizer step. So 1 x 8,
+8 x 1 (accumulation) and 2 processes x 4 give the same gradient: a mean of means would not.
+
+Letters: B sequences, T tokens, P answer positions of the batch, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.nn import functional as F
+
+IGNORED = -100
+
+
+def answer_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Positions whose logits predict an answer token in any row.
+
+    Args:
+        labels: [B, T] int64, IGNORED where nothing is predicted.
+
+    Returns:
+        [P] int64, ascending: every t < T - 1 with labels[b, t + 1] != IGNORED for some b. Handed
+        to `forward(logits_to_keep=...)`, it spares the output head the prompt.
+    """
+    return (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()  # [P]
+
+
+def answer_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every sequence's answer, summed over its tokens.
+
+    Args:
+        logits: [B, P, V] at `positions`; low precision is raised to f32.
+        labels: [B, T] int64.
+        positions: [P], from answer_positions.
+
+    Returns:
+        (sums [B] f32 or f64, answer tokens [B] int64).
+    """
+    targets = labels[:, positions + 1]  # [B, P]
+    answer = targets != IGNORED  # [B, P]
+    rows = answer.nonzero()[:, 0]  # [N]
+    token_loss = F.cross_entropy(_raised(logits[answer]), targets[answer], reduction="none")  # [N]
+    sums = token_loss.new_zeros(labels.shape[0]).index_add(0, rows, token_loss)
+    return sums, answer.sum(1)
+
+
+def distillation(
+    logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """KL(teacher || student) summed over answer tokens, times temperature^2 (Hinton's scaling).
+
+    Args:
+        logits, teacher_logits: [B, P, V] at `positions`; the teacher gets no gradient.
+        labels: [B, T]; positions: [P].
+
+    Returns:
+        Scalar.
+    """
+    answer = labels[:, positions + 1] != IGNORED  # [B, P]
+    student = F.log_softmax(_raised(logits[answer]) / temperature, -1)  # [N, V]
+    teacher = F.log_softmax(_raised(teacher_logits[answer]).detach() / temperature, -1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def skip_penalty(keep_prob: torch.Tensor) -> torch.Tensor:
+    """Expected share of kept layers, summed over sequences: linear in every sequence's gates.
+
+    Args:
+        keep_prob: [B, L], of all layers.
+
+    Returns:
+        Scalar in [0, B].
+    """
+    return keep_prob.mean(1).sum()
+
+
+def router_norm(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    """Sum of squares of the routers' weights. Biases are left out: they carry the skip rate."""
+    squares = [p.square().sum() for name, p in named_parameters if not name.endswith("bias")]
+    return torch.stack(squares).sum() if squares else torch.zeros(())
+
+
+def _raised(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
