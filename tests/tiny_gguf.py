@@ -6,6 +6,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
+from firstlm import embedded_model
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -71,3 +73,19 @@ def write_tiny_gguf(file: Path, layers: int = 2, seed: int = 0) -> dict[str, np.
     writer.write_tensors_to_file()
     writer.close()
     return exact
+
+
+def tiny_model_folder(folder: Path, layers: int = 6) -> Path:
+    """A tiny llama as an ordinary model folder, with a tokenizer that knows a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tiny_gguf(folder / "tiny.gguf", layers=layers)
+    return embedded_model.convert_gguf(folder / "tiny.gguf", folder / "model", progress=False)
+
+
+def draw_routers(model, seed: int = 0) -> None:
+    """Random router weights, so that prompts get plans of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.decoder_layers:
+        with torch.no_grad():
+            layer.router.weight.normal_(generator=generator)
+            layer.router.bias.zero_()
