@@ -1,10 +1,44 @@
 """firstlm: every prompt skips its own decoder layers (FiRST, arXiv 2410.12513)."""
 
-from firstlm.loading import from_pretrained
-from firstlm.router import Router, RouterConfig
-from firstlm.skip_cache import SkipCache
-from firstlm.skip_plan import SkipPlan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from firstlm.loading import from_pretrained
+    from firstlm.router import Router, RouterConfig
+    from firstlm.skip_cache import SkipCache
+    from firstlm.skip_plan import SkipPlan
 
 __version__ = "0.1.0"
 
-__all__ = ["Router", "RouterConfig", "SkipCache", "SkipPlan", "from_pretrained"]
+# Public name -> its module, in data-flow order. Loaded on first use: torch and transformers take
+# seconds to import, which `firstlm --help` should not wait for.
+_PUBLIC = {
+    "RouterConfig": "router",
+    "Router": "router",
+    "SkipPlan": "skip_plan",
+    "SkipCache": "skip_cache",
+    "from_pretrained": "loading",
+}
+
+__all__ = [
+    "Router",
+    "RouterConfig",
+    "SkipCache",
+    "SkipPlan",
+    "from_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'firstlm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"firstlm.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
