@@ -16,8 +16,7 @@ from firstlm.skip_cache import SkipCache
 _UNSUPPORTED = {
     "prefill_chunk_size": "the routers must read the whole prompt in one pass; leave it unset",
     "cache_implementation": "skip plans need a SkipCache; leave it unset",
-    "assistant_model": "assisted generation rolls back tokens under plans of another model; leave it "
-    "unset",
+    "assistant_model": "assisted generation rolls tokens back under two models' plans; leave it unset",
     "prompt_lookup_num_tokens": "assisted generation is not supported; leave it unset",
     "assistant_early_exit": "early exit needs keys and values that skipped layers do not have; use "
     "budget= or skip_plan= to run fewer layers",
@@ -107,6 +106,6 @@ def drop_cache_if_replanned(
     if partial or prompt.shape[1] <= length:
         raise ValueError(
             f"other plans need a fresh prefill of the whole conversation: the cache has {length} "
-            f"tokens, but only {prompt.shape[1]} tokens were given; pass all tokens, or keep the plan"
+            f"tokens, only {prompt.shape[1]} were given; pass all of them, or keep the plan"
         )
     cache.reset()

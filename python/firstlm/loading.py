@@ -33,9 +33,10 @@ def from_pretrained(
         base: a folder or hub id of a Hugging Face model, a `.gguf` file, "embedded" (the model that
             firstlm can obtain by itself), or a folder written by `save_pretrained`, which names its
             own base.
-        router: a `RouterConfig` for fresh routers, a checkpoint folder to take routers from, or None:
-            the checkpoint's own, else fresh ones that keep every layer.
-        adapter: folder or hub id of a PEFT adapter; None: the checkpoint's own, if any; False: none.
+        router: a `RouterConfig` for fresh routers, a checkpoint folder to take routers from, or
+            None: the checkpoint's own, else fresh ones that keep every layer.
+        adapter: folder or hub id of a PEFT adapter; None: the checkpoint's own, if any; False: no
+            adapter.
         dtype: of the base's weights, a torch dtype or its name; None as transformers chooses.
         device_map: as transformers takes it.
         merge_adapter: merge the adapter into the weights (faster decode, no more adapter training).
@@ -175,9 +176,10 @@ def check_routable(model: PreTrainedModel) -> None:
             f"{name}: {type(layers[0]).__name__}.forward takes no **kwargs, through which firstlm "
             "tells a layer its plan; a newer transformers may"
         )
-    if model.config._attn_implementation not in ("eager", "sdpa", "flash_attention_2"):
+    attention = model.config._attn_implementation or ""
+    if "flex" in attention or attention.startswith("paged"):
         raise ValueError(
-            f"attn_implementation={model.config._attn_implementation!r} is not supported; load "
+            f"attn_implementation={attention!r} builds masks whose rows cannot be selected; load "
             'with "sdpa", "eager" or "flash_attention_2"'
         )
 

@@ -134,8 +134,8 @@ class RoutedModel:
         Args:
             prompt_mask: bool `[B, T]`, the tokens that the routers read. Default: the unmasked
                 tokens before the first label that is not -100; without labels all unmasked tokens.
-            skip_plan: one `SkipPlan`, one a sequence, or a keep mask `[B, L]`; replaces the routers'
-                decisions (their scores are still reported).
+            skip_plan: one `SkipPlan`, one a sequence, or a keep mask `[B, L]`; replaces the
+                routers' decisions (their scores are still reported).
             gate: None (inference), "soft", "straight_through" or "hard" (training), see `Routing`.
             thresholds: replaces `router_config.thresholds` for this pass.
             compute_skipped: see `Routing`.
@@ -284,8 +284,8 @@ class RoutedModel:
 
         Args:
             inputs: token ids `[B, T]` (also as `input_ids=`), left-padded.
-            skip_plan: replaces the routers' decisions: one plan, or one a prompt (repeated for beams
-                and return sequences).
+            skip_plan: replaces the routers' decisions: one plan, or one a prompt (repeated for
+                beams and return sequences).
             budget: asked skip rate. "threshold": calibrated thresholds, right on average, one
                 prefill. "exact": the same number of layers for every prompt, two prefills with
                 `prefill="route"`.
@@ -295,8 +295,8 @@ class RoutedModel:
                 a budget also drops it.
 
         Returns:
-            As transformers; with `return_dict_in_generate=True` also `skip_plans` (one a prompt) and
-            `keep_prob [B, L]`.
+            As transformers; with `return_dict_in_generate=True` also `skip_plans` (one a prompt)
+            and `keep_prob [B, L]`.
 
         Raises:
             ValueError: an option that cannot work with skip plans; the message names the way out.
@@ -424,7 +424,7 @@ def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def default_prompt_mask(
     tokens: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
 ) -> torch.Tensor:
-    """What counts as prompt, bool `[B, T]`: unmasked tokens, before the first label if there is one.
+    """What counts as prompt, bool `[B, T]`: unmasked tokens, before the first label if any.
 
     Args:
         tokens: `[B, T]` ids or `[B, T, D]` embeddings.

@@ -141,8 +141,8 @@ class RouterConfig:
         if not table or not table[0][0] - 1e-9 <= skip_rate <= table[-1][0] + 1e-9:
             known = ", ".join(f"{rate:g}" for rate, _ in table) or "none"
             raise ValueError(
-                f"no thresholds are calibrated for a skip rate of {skip_rate} (calibrated: {known}); "
-                'calibrate on held-out prompts, or ask for budget_mode="exact"'
+                f"no thresholds are calibrated for a skip rate of {skip_rate} (calibrated: "
+                f'{known}); calibrate on held-out prompts, or ask for budget_mode="exact"'
             )
         rates = [rate for rate, _ in table]
         after = min(range(len(rates)), key=lambda i: (rates[i] < skip_rate - 1e-9, rates[i]))
@@ -191,8 +191,9 @@ class RouterConfig:
 class Router(nn.Module):
     """The router of one layer. Its parameters are plain float32 `nn.Parameter`s.
 
-    Shapes, with F = D ("mean", "last") or windows·D and H = bottleneck: linear head `weight [1, F]`,
-    `bias [1]`; mlp head `weight [H, F]`, `bias [H]`, `out_weight [1, H]`, `out_bias [1]`.
+    Shapes, with F = D ("mean", "last") or windows·D and H = bottleneck: linear head
+    `weight [1, F]`, `bias [1]`; mlp head `weight [H, F]`, `bias [H]`, `out_weight [1, H]`,
+    `out_bias [1]`.
 
     Args:
         config: resolved for the model (`RouterConfig.resolved`).
@@ -257,4 +258,5 @@ class Router(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"layer_idx={self.layer_idx}, pooling={self.pooling!r}, weight={list(self.weight.shape)}"
+        weight = list(self.weight.shape)
+        return f"layer_idx={self.layer_idx}, pooling={self.pooling!r}, weight={weight}"

@@ -154,8 +154,8 @@ class Routing:
         """
         if len(self.called) != self.num_layers:
             raise RuntimeError(
-                f"only {len(self.called)} of {self.num_layers} decoder layers were routed: this "
-                "model does not pass keyword arguments on to its decoder layers, which firstlm needs"
+                f"only {len(self.called)} of {self.num_layers} decoder layers were routed: firstlm "
+                "needs a model that passes keyword arguments on to its decoder layers"
             )
         if self.follows_cache:
             return None
@@ -213,7 +213,7 @@ class RoutedLayer:
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, routing: Routing | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The layer under `routing`; without it, the layer as it was. `[B, T, D]` -> `[B, T, D]`."""
+        """The layer under `routing`; without it, the layer as it was. Returns `[B, T, D]`."""
         layer = super().forward  # type: ignore[misc]
         if routing is None:
             return layer(hidden_states, *args, **kwargs)

@@ -194,9 +194,9 @@ class SkipCache(Cache):
     """A transformers `Cache` that holds only what the skip plans of its sequences keep.
 
     The plans are decided during the first pass (`keep_rows`, layer by layer) or set before it
-    (`set_plans`), stay fixed for the life of the cache, and move with their rows on `reorder_cache`,
-    `batch_select_indices` and `batch_repeat_interleave`. The logical length is one number for all
-    layers, whatever they hold.
+    (`set_plans`), stay fixed for the life of the cache, and move with their rows on
+    `reorder_cache`, `batch_select_indices` and `batch_repeat_interleave`. The logical length is one
+    number for all layers, whatever they hold.
 
     Args:
         config: config of the model; gives the number of layers and the sliding windows.
@@ -237,7 +237,7 @@ class SkipCache(Cache):
             self.keep_rows(layer_idx, mask[:, layer_idx])
 
     def keep_rows(self, layer_idx: int, keep: torch.Tensor) -> None:
-        """Keep one layer for the sequences where `keep` `[B]` is true, and free the others' rows."""
+        """Keep one layer for the sequences where `keep` `[B]` is true; free the others' rows."""
         keep = keep.detach().to("cpu", torch.bool)
         if self.keep_mask is None:
             self.keep_mask = torch.ones(len(keep), len(self.layers), dtype=torch.bool)
