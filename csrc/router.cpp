@@ -20,21 +20,24 @@ int64_t size_of(DType dtype) {
   }
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Sums of one block stay in L1 beside the rows that stream through it.
 constexpr int64_t kMaxBlock = 1024;
 
-// A row is split in blocks of columns, so that one long prompt feeds all threads. Blocks never
-// split tokens: sums do not depend on the number of threads.
+// A row is split in blocks of columns, so that one long prompt feeds all threads; two blocks a
+// thread even out prompts of different lengths. Blocks never split tokens: sums do not depend on
+// the number of threads.
 struct ColumnBlocks {
   int64_t D, width, count;
 
   ColumnBlocks(int64_t B, int64_t D, int threads) : D(D) {
     constexpr int64_t kMultiple = 32;
-    const int64_t wanted = std::max<int64_t>((D + kMaxBlock - 1) / kMaxBlock, 1);
-    const int64_t blocks = std::max(wanted, (2 * threads + B - 1) / std::max<int64_t>(B, 1));
-    width = ((D + blocks - 1) / blocks + kMultiple - 1) / kMultiple * kMultiple;
-    width = std::clamp<int64_t>(width, kMultiple, kMaxBlock);
-    count = (D + width - 1) / width;
+    const int64_t blocks_per_row =
+        threads == 1 ? 1 : ceil_div(2 * threads, std::max<int64_t>(B, 1));
+    width = std::min(ceil_div(D, blocks_per_row), kMaxBlock);
+    width = std::max<int64_t>(ceil_div(width, kMultiple), 1) * kMultiple;
+    count = ceil_div(D, width);
   }
 
   int64_t begin(int64_t block) const { return block * width; }
@@ -78,6 +81,7 @@ void pool_block(const Kernels& kernels, const HiddenStates& hidden, const bool* 
 
   const auto add_rows = kernels.add_rows[static_cast<int>(hidden.dtype)];
   const T* row_0 = static_cast<const T*>(hidden.data) + b * hidden.stride_B + column;
+  const int64_t ahead = kRowsPerPass * hidden.stride_T * static_cast<int64_t>(sizeof(T));
   PromptCursor token(mask);
   for (int64_t w = 0; w < W; ++w) {
     const TokenRange range = pooled_range(pooling, w, n);
@@ -89,7 +93,7 @@ void pool_block(const Kernels& kernels, const HiddenStates& hidden, const bool* 
       rows[pending++] = row_0 + token.position * hidden.stride_T;
       const bool is_last = token.rank + 1 == range.end;
       if (pending == kRowsPerPass || is_last) {
-        add_rows(rows, pending, width, sums);
+        add_rows(rows, pending, width, ahead, sums);
         pending = 0;
       }
       if (is_last) break;  // stay on it: the next window may begin with the same token
@@ -208,7 +212,7 @@ void router_head(const Kernels& kernels, const RouterHead<T>& head, const T* poo
 
   // A block of units is taken through the whole batch: its weights are read from memory once.
   constexpr int64_t kUnitsPerBlock = 16;
-  const int64_t blocks = (H + kUnitsPerBlock - 1) / kUnitsPerBlock;
+  const int64_t blocks = ceil_div(H, kUnitsPerBlock);
   const int team = threads_for(H * F * static_cast<int64_t>(sizeof(T)), threads);
   parallel_for(blocks, team, [&](int64_t block) {
     for (int64_t b = 0; b < B; ++b) {

@@ -12,12 +12,15 @@ struct VecOf<double> {
 };
 
 template <int kCount, class T>
-void add_row_group(const void* const* rows, int64_t width, Accumulator<T>* sums) {
+void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumulator<T>* sums) {
   using Vec = typename VecOf<T>::type;
   const T* row[kCount];
   for (int r = 0; r < kCount; ++r) row[r] = static_cast<const T*>(rows[r]);
   int64_t i = 0;
   for (; i + Vec::kLanes <= width; i += Vec::kLanes) {
+    for (int r = 0; r < kCount; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + i) + ahead);
+    }
     Vec group = Vec::load(row[0] + i);
     for (int r = 1; r < kCount; ++r) group = group + Vec::load(row[r] + i);
     (Vec::load(sums + i) + group).store(sums + i);
@@ -30,18 +33,18 @@ void add_row_group(const void* const* rows, int64_t width, Accumulator<T>* sums)
 }
 
 template <class T>
-void add_rows(const void* const* rows, int count, int64_t width, void* sums) {
+void add_rows(const void* const* rows, int count, int64_t width, int64_t ahead, void* sums) {
   static_assert(kRowsPerPass == 4);
   auto* out = static_cast<Accumulator<T>*>(sums);
   switch (count) {
     case 1:
-      return add_row_group<1, T>(rows, width, out);
+      return add_row_group<1, T>(rows, width, ahead, out);
     case 2:
-      return add_row_group<2, T>(rows, width, out);
+      return add_row_group<2, T>(rows, width, ahead, out);
     case 3:
-      return add_row_group<3, T>(rows, width, out);
+      return add_row_group<3, T>(rows, width, ahead, out);
     case 4:
-      return add_row_group<4, T>(rows, width, out);
+      return add_row_group<4, T>(rows, width, ahead, out);
   }
 }
 

@@ -9,7 +9,7 @@
 
 namespace firstlm {
 
-// Rows that add_rows takes at once: enough streams to hide that the sums pass through L1.
+// Rows that add_rows takes at once, so that the sums pass through L1 once for all of them.
 inline constexpr int kRowsPerPass = 4;
 
 struct Kernels {
@@ -17,8 +17,10 @@ struct Kernels {
 
   // sums[i] += rows[0][i] + … + rows[count - 1][i] for i < width and count in [1, kRowsPerPass].
   // Rows are of the table index's type, sums of its accumulator's. The order of additions is
-  // the same on every instruction set, and so are the sums.
-  void (*add_rows[kNumDTypes])(const void* const* rows, int count, int64_t width, void* sums);
+  // the same on every instruction set, and so are the sums. What lies `ahead` bytes after the rows,
+  // the next rows as a rule, is prefetched: hardware does not follow streams this short.
+  void (*add_rows[kNumDTypes])(const void* const* rows, int count, int64_t width, int64_t ahead,
+                               void* sums);
 
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   double (*dot_f64)(const double* a, const double* b, int64_t n);

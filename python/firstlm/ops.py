@@ -1,7 +1,7 @@
 """The native ops, typed: what `torch.ops.firstlm` has, with fake kernels and autograd.
 
-The library is plain torch ops (no Python ABI), so `torch.ops.load_library` brings it in. Kernels for
-the CPU and the composite of torch's ops that serves all other devices are in `csrc/bindings`.
+The library is plain torch ops (no Python ABI), so `torch.ops.load_library` brings it in. The CPU
+kernels and the composite of torch's ops that serves all other devices are in `csrc/bindings`.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _head_backward(ctx: Any, grad_logit: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of router_head: a few products of [B, F] with [H, F], so torch's own ops."""
-    pooled, weight, bias, out_weight, out_bias = ctx.saved_tensors
+    pooled, weight, bias, out_weight, _ = ctx.saved_tensors
     x = pooled  # [B, F]
     if ctx.norm_eps > 0:
         scale = torch.rsqrt(pooled.square().mean(1, keepdim=True) + ctx.norm_eps)  # [B, 1]

@@ -1,0 +1,63 @@
+"""Float64 PyTorch of every native op, a few lines each: what the ops promise.
+
+Nothing in the package uses this file; tests compare with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def router_pool(hidden: Tensor, prompt_mask: Tensor, kind: str, windows: int) -> Tensor:
+    """[B, T, D], [B, T] bool -> [B, F] float64."""
+    return (
+        torch.stack(
+            [
+                pool_row(row[mask].double(), kind, windows)
+                for row, mask in zip(hidden, prompt_mask, strict=True)
+            ]
+        )
+        if len(hidden)
+        else hidden.new_zeros(0, features(hidden, kind, windows)).double()
+    )
+
+
+def features(hidden: Tensor, kind: str, windows: int) -> int:
+    return hidden.shape[2] * (windows if kind == "windowed_mean" else 1)
+
+
+def pool_row(tokens: Tensor, kind: str, windows: int) -> Tensor:
+    """The prompt's tokens [n, D] of one row -> its features [F]."""
+    n = len(tokens)
+    windows = windows if kind == "windowed_mean" else 1
+    if n == 0:
+        return tokens.sum(0).repeat(windows)
+    if kind == "last":
+        return tokens[-1]
+    begins = [w * n // windows for w in range(windows)]
+    ends = [(w + 1) * n // windows for w in range(windows)]
+    return torch.cat(
+        [
+            tokens[begin : max(end, begin + 1)].mean(0)
+            for begin, end in zip(begins, ends, strict=True)
+        ]
+    )
+
+
+def router_head(
+    pooled: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> Tensor:
+    """[B, F] -> logit [B] float64."""
+    x = pooled.double()
+    if norm_eps > 0:
+        x = x / (x.square().mean(1, keepdim=True) + norm_eps).sqrt()
+    units = x @ weight.double().T + bias.double()  # [B, H]
+    if out_weight is not None:
+        units = torch.nn.functional.silu(units) @ out_weight.double().T + out_bias.double()
+    return units.squeeze(1)

@@ -1,0 +1,376 @@
+"""The router ops beside their float64 references: drawn shapes, types, masks and strides."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from firstlm import ops
+
+POOL = torch.ops.firstlm.router_pool.default
+POOL_BACKWARD = torch.ops.firstlm.router_pool_backward.default
+HEAD = torch.ops.firstlm.router_head.default
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+KINDS = ["mean", "windowed_mean", "last"]
+
+drawn = settings(max_examples=60, deadline=None)
+
+
+def composite(op, *args):
+    """Runs what a device without a kernel of ours runs, on the CPU tensors given."""
+    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_near(actual: Tensor, expected: Tensor, terms: int, magnitude: Tensor) -> None:
+    """A sum of `terms` numbers of total magnitude `magnitude`, computed in actual's type."""
+    eps = torch.finfo(actual.dtype).eps
+    atol = eps * (terms + 8) * float(magnitude.abs().max() if magnitude.numel() else 0)
+    torch.testing.assert_close(actual.double(), expected, rtol=eps * 8, atol=atol)
+
+
+# --- Cases --------------------------------------------------------------------------------------
+
+
+def strided(hidden: Tensor, layout: str) -> Tensor:
+    """The same values as a view of something larger; masked garbage around them is NaN."""
+    B, T, D = hidden.shape
+    if layout == "transposed":
+        return hidden.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "every other token":
+        larger = hidden.new_full((B, 2 * T, D + 3), torch.nan)
+        larger[:, ::2, 2 : D + 2] = hidden
+        return larger[:, ::2, 2 : D + 2]
+    if layout == "strided elements":
+        larger = hidden.new_full((B, T, 2 * D), torch.nan)
+        larger[..., ::2] = hidden
+        return larger[..., ::2]
+    return hidden
+
+
+@st.composite
+def pool_cases(draw):
+    """hidden [B, T, D], prompt_mask [B, T], kind, windows."""
+    B, T = draw(st.integers(0, 4)), draw(st.integers(0, 40))
+    D = draw(st.sampled_from([1, 3, 16, 31, 64, 129, 1100]))
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64).to(dtype)
+    prompt_share = torch.tensor(
+        draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=B, max_size=B))
+    )
+    prompt_mask = torch.rand(B, T, generator=generator) < prompt_share.view(B, 1)
+    layout = draw(
+        st.sampled_from(["contiguous", "transposed", "every other token", "strided elements"])
+    )
+    kind, windows = draw(st.sampled_from(KINDS)), draw(st.integers(1, 9))
+    return strided(hidden, layout), prompt_mask, kind, windows
+
+
+@st.composite
+def head_cases(draw):
+    """pooled [B, F], weight [H, F], bias [H], out_weight [1, H] or None, out_bias, norm_eps."""
+    B, F = draw(st.integers(0, 5)), draw(st.sampled_from([1, 5, 64, 130, 577]))
+    H = draw(st.sampled_from([None, 1, 7, 16, 33]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    norm_eps = draw(st.sampled_from([0.0, 1e-6, 1e-2]))
+    if H is None:
+        return randn(B, F), randn(1, F), randn(1), None, None, norm_eps
+    return randn(B, F), randn(H, F), randn(H), randn(1, H), randn(1), norm_eps
+
+
+# --- router_pool ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [lambda *case: POOL(*case), lambda *case: composite(POOL, *case)])
+@given(case=pool_cases())
+@drawn
+def test_pool_is_the_reference(run, case):
+    hidden, prompt_mask, kind, windows = case
+    pooled = run(*case)
+    assert pooled.dtype == accumulator(hidden.dtype)
+    magnitude = reference.router_pool(hidden.abs(), prompt_mask, kind, windows)
+    assert_near(pooled, reference.router_pool(*case), hidden.shape[1], magnitude)
+
+
+@given(case=pool_cases())
+@drawn
+def test_pool_gradient_is_the_references(case):
+    hidden, prompt_mask, kind, windows = case
+    expected_input = hidden.double().requires_grad_()
+    expected = reference.router_pool(expected_input, prompt_mask, kind, windows)
+    grad_pooled = torch.linspace(-1, 2, expected.numel()).double().view_as(expected)
+    if expected.numel():
+        expected.backward(grad_pooled)
+    expected_grad = (
+        torch.zeros_like(expected_input) if expected_input.grad is None else expected_input.grad
+    )
+
+    hidden = hidden.detach().requires_grad_()
+    ops.router_pool(hidden, prompt_mask, kind, windows).backward(
+        grad_pooled.to(accumulator(hidden.dtype))
+    )
+    assert hidden.grad.dtype == hidden.dtype
+    assert_near(hidden.grad, expected_grad, windows, expected_grad)
+
+    arguments = grad_pooled.to(accumulator(hidden.dtype)), prompt_mask, kind, windows, hidden.dtype
+    assert_near(composite(POOL_BACKWARD, *arguments), expected_grad, windows, expected_grad)
+
+
+@given(case=pool_cases(), left=st.integers(0, 5), right=st.integers(0, 5))
+@drawn
+def test_padding_does_not_change_a_bit(case, left, right):
+    hidden, prompt_mask, kind, windows = case
+    padding = (0, 0, left, right)
+    padded = torch.nn.functional.pad(hidden, padding, value=torch.nan)
+    padded_mask = torch.nn.functional.pad(prompt_mask, padding[2:], value=False)
+    batch = ops.router_pool(padded, padded_mask, kind, windows)
+    for row, mask, pooled in zip(hidden, prompt_mask, batch, strict=True):
+        alone = ops.router_pool(row[mask].unsqueeze(0), mask[mask].unsqueeze(0), kind, windows)
+        assert torch.equal(alone[0], pooled)
+
+
+def test_threads_do_not_change_a_bit():
+    hidden, prompt_mask = torch.randn(3, 700, 577), torch.rand(3, 700) < 0.7
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.router_pool(hidden, prompt_mask, "windowed_mean", 8))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_row_without_a_prompt_is_zeros():
+    hidden = torch.full((1, 3, 4), torch.nan)
+    for kind in KINDS:
+        assert not ops.router_pool(hidden, torch.zeros(1, 3, dtype=torch.bool), kind, 2).any()
+
+
+def test_more_windows_than_tokens_repeat_tokens():
+    hidden = torch.tensor([[[1.0], [2.0]]])
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    assert ops.router_pool(hidden, everything, "windowed_mean", 5).tolist() == [[1, 1, 1, 2, 2]]
+
+
+# --- router_head ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [lambda *case: HEAD(*case), lambda *case: composite(HEAD, *case)])
+@given(case=head_cases())
+@drawn
+def test_head_is_the_reference(run, case):
+    pooled, weight, bias, out_weight, out_bias, norm_eps = case
+    scale = 1
+    if norm_eps > 0:
+        scale = torch.rsqrt(pooled.square().mean(1, keepdim=True) + norm_eps)
+    magnitude = (pooled * scale).abs() @ weight.abs().T + bias.abs()
+    if out_weight is not None:
+        magnitude = magnitude @ out_weight.abs().T + out_bias.abs()
+    assert_near(run(*case), reference.router_head(*case), sum(weight.shape), magnitude)
+
+
+@given(case=head_cases())
+@settings(max_examples=25, deadline=None)
+def test_head_gradients_are_the_references(case):
+    *tensors, norm_eps = case
+    given_tensors = [t for t in tensors if t is not None]
+
+    def gradients(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in given_tensors]
+        padded = leaves + [None] * (len(tensors) - len(leaves))
+        logit = function(*padded, norm_eps)
+        return torch.autograd.grad(logit.sum(), leaves)
+
+    actual = gradients(ops.router_head, tensors[0].dtype)
+    expected = gradients(reference.router_head, torch.float64)
+    for a, e in zip(actual, expected, strict=True):
+        # Normalised features cancel in their own gradient: the magnitude is that of the terms.
+        magnitude = e.abs().max() + 1 if e.numel() else e
+        assert_near(a, e, 30 * sum(tensors[1].shape), magnitude)
+
+
+def test_parameters_of_another_type_are_converted():
+    pooled = torch.randn(2, 6)
+    weight = torch.randn(1, 6, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(1, dtype=torch.bfloat16)
+    logit = ops.router_head(pooled, weight, bias)
+    assert torch.equal(logit, ops.router_head(pooled, weight.float(), bias.float()))
+    logit.sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+# --- What torch promises about ops ------------------------------------------------------------
+
+
+def op_samples():
+    prompt_mask = torch.tensor([[False, True, True, False, True], [False] * 5, [True] * 5])
+    for dtype in DTYPES:
+        for kind in KINDS:
+            hidden = torch.randn(3, 5, 6).to(dtype).requires_grad_()
+            yield f"pool-{kind}-{dtype}", POOL, (hidden, prompt_mask, kind, 2)
+            F = 12 if kind == "windowed_mean" else 6
+            grad = torch.randn(3, F, dtype=accumulator(dtype), requires_grad=True)
+            yield (
+                f"pool-backward-{kind}-{dtype}",
+                POOL_BACKWARD,
+                (grad, prompt_mask, kind, 2, dtype),
+            )
+    for dtype in (torch.float32, torch.float64):
+
+        def leaf(*shape, dtype=dtype):
+            return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+        linear = (leaf(3, 6), leaf(1, 6), leaf(1), None, None, 1e-6)
+        bottleneck = (leaf(3, 6), leaf(4, 6), leaf(4), leaf(1, 4), leaf(1), 0.0)
+        yield f"head-linear-{dtype}", HEAD, linear
+        yield f"head-bottleneck-{dtype}", HEAD, bottleneck
+
+
+@pytest.mark.parametrize("op, args", [pytest.param(*s[1:], id=s[0]) for s in op_samples()])
+def test_opcheck(op, args):
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize(
+    "op, args", [pytest.param(*s[1:], id=s[0]) for s in op_samples() if "float64" in s[0]]
+)
+def test_first_and_second_derivatives(op, args):
+    def function(*leaves):
+        given_leaves = iter(leaves)
+        return op(*[next(given_leaves) if is_leaf(a) else a for a in args])
+
+    leaves = [a for a in args if is_leaf(a)]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def is_leaf(argument) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+@pytest.mark.parametrize("op, args", [pytest.param(*s[1:], id=s[0]) for s in op_samples()])
+def test_meta_tensors_have_the_shape_and_type_of_the_result(op, args):
+    on_meta = op(*[a.to("meta") if isinstance(a, Tensor) else a for a in args])
+    result = op(*args)
+    assert (on_meta.shape, on_meta.dtype) == (result.shape, result.dtype)
+
+
+def test_compiles_without_graph_breaks():
+    def score(hidden, prompt_mask, weight, bias):
+        pooled = ops.router_pool(hidden, prompt_mask, "windowed_mean", 2)
+        return torch.sigmoid(ops.router_head(pooled, weight, bias, norm_eps=1e-6))
+
+    compiled = torch.compile(score, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, T in [(2, 5), (3, 9)]:
+        inputs = torch.randn(B, T, 8), torch.rand(B, T) < 0.5, torch.randn(1, 16), torch.zeros(1)
+        for tensor in (inputs[0], inputs[2]):
+            tensor.requires_grad_()
+        results = [function(*inputs) for function in (score, compiled)]
+        torch.testing.assert_close(*results)
+        grads = [torch.autograd.grad(r.sum(), (inputs[0], inputs[2])) for r in results]
+        torch.testing.assert_close(*grads)
+
+
+# --- Errors -------------------------------------------------------------------------------------
+
+HIDDEN, MASK = torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+POOLED, WEIGHT, BIAS = torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(1)
+WIDE, WIDE_BIAS = torch.zeros(5, 4), torch.zeros(5)
+
+
+@pytest.mark.parametrize("run", [lambda op, *a: op(*a), composite], ids=["cpu", "composite"])
+@pytest.mark.parametrize(
+    "op, args, error, message",
+    [
+        (POOL, (HIDDEN[0], MASK, "mean", 1), ValueError, r"hidden has shape \[3, 4\].*\[B, T, D\]"),
+        (POOL, (HIDDEN.int(), MASK, "mean", 1), TypeError, "hidden is Int; expected float32"),
+        (POOL, (HIDDEN, MASK.int(), "mean", 1), TypeError, "prompt_mask is Int; expected bool"),
+        (POOL, (HIDDEN, MASK[0], "mean", 1), ValueError, r"prompt_mask has shape \[3\]"),
+        (POOL, (HIDDEN, MASK.T, "mean", 1), ValueError, r"\[3, 2\]; expected \[B, T\] = \[2, 3\]"),
+        (POOL, (HIDDEN, MASK, "max", 1), ValueError, "kind is 'max'; expected 'mean', 'windowed"),
+        (POOL, (HIDDEN, MASK, "mean", 0), ValueError, "windows is 0; expected 1 or more"),
+        (
+            POOL_BACKWARD,
+            (torch.zeros(2, 3), MASK, "windowed_mean", 2, torch.float32),
+            ValueError,
+            "grad_pooled has shape .* a multiple of 2",
+        ),
+        (
+            POOL_BACKWARD,
+            (POOLED.double(), MASK, "mean", 1, torch.float32),
+            TypeError,
+            "grad_pooled is Double; expected Float",
+        ),
+        (HEAD, (POOLED.half(), WEIGHT, BIAS, None, None, 0.0), TypeError, "pooled is Half"),
+        (HEAD, (POOLED, WEIGHT.double(), BIAS, None, None, 0.0), TypeError, "weight is Double"),
+        (
+            HEAD,
+            (POOLED, WEIGHT[:, :3], BIAS, None, None, 0.0),
+            ValueError,
+            r"weight has shape \[1, 3\]; expected \[H, F\] = \[1, 4\]",
+        ),
+        (HEAD, (POOLED, WIDE, WIDE_BIAS, None, None, 0.0), ValueError, "a linear head expects"),
+        (HEAD, (POOLED, WIDE, BIAS, None, None, 0.0), ValueError, r"bias has shape \[1\]"),
+        (
+            HEAD,
+            (POOLED, WIDE, WIDE_BIAS, WIDE_BIAS[None], None, 0.0),
+            ValueError,
+            "out_weight was given without its out_bias",
+        ),
+        (
+            HEAD,
+            (POOLED, WIDE, WIDE_BIAS, WIDE_BIAS, BIAS, 0.0),
+            ValueError,
+            r"out_weight has shape \[5\]; expected \[1, H\] = \[1, 5\]",
+        ),
+    ],
+)
+def test_errors_name_the_value_and_what_is_accepted(run, op, args, error, message):
+    with pytest.raises(error, match=message):
+        run(op, *args)
+
+
+# --- Instruction sets -----------------------------------------------------------------------------
+
+
+def run_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from firstlm import ops; print(ops.isa())"],
+        env=os.environ | {"FIRSTLM_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_firstlm_isa_forces_a_level():
+    assert ops.isa_levels()[0] == "portable"
+    assert run_with_isa("portable").stdout == "portable\n"
+
+
+def test_firstlm_isa_of_another_machine_is_an_error_that_lists_ours():
+    answer = run_with_isa("vax")
+    assert answer.returncode == 1
+    assert (
+        f"FIRSTLM_ISA is 'vax'; this machine and build have {', '.join(ops.isa_levels())}"
+        in answer.stderr
+    )
