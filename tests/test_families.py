@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
+
+import firstlm
+from firstlm import SkipPlan
+from firstlm.routed_model import position_ids_of
 from tiny_models import (
     FAMILIES,
     assert_adaptive,
@@ -14,11 +19,6 @@ from tiny_models import (
     routed_model,
     tiny_config,
 )
-from transformers import AutoModelForCausalLM
-
-import firstlm
-from firstlm import SkipPlan
-from firstlm.routed_model import position_ids_of
 
 LENGTHS = [13, 5, 9, 11]
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -50,7 +50,7 @@ _OPT = {
     "max_position_embeddings": 256,
 }
 
-# family -> (config class, arguments); a sliding window of 8 is shorter than the prompts in the tests
+# family -> (config class, arguments); a sliding window of 8 is shorter than the tests' prompts
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("LlamaConfig", _LLAMA_LIKE),
     "mistral": ("MistralConfig", _LLAMA_LIKE | {"sliding_window": 8}),
@@ -90,8 +90,8 @@ def tiny_base_path(family: str) -> Path:
 
 
 def _masked_in_float32(module, query, key, value, attention_mask, **kwargs):
-    """gemma2's eager attention, which casts its float64 mask to float32: there the lowest float64 is
-    -inf, and a padding row that sees nothing becomes NaN (in transformers itself)."""
+    """gemma2's eager attention, which casts its float64 mask to float32: there the lowest float64
+    is -inf, and a padding row that sees nothing becomes NaN (in transformers itself)."""
     if attention_mask is not None:
         attention_mask = attention_mask.clamp(min=torch.finfo(torch.float32).min / 2)
     return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)

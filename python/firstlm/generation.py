@@ -16,7 +16,7 @@ from firstlm.skip_cache import SkipCache
 _UNSUPPORTED = {
     "prefill_chunk_size": "the routers must read the whole prompt in one pass; leave it unset",
     "cache_implementation": "skip plans need a SkipCache; leave it unset",
-    "assistant_model": "assisted generation rolls tokens back under two models' plans; leave it unset",
+    "assistant_model": "its rollback would mix the plans of two models; leave it unset",
     "prompt_lookup_num_tokens": "assisted generation is not supported; leave it unset",
     "assistant_early_exit": "early exit needs keys and values that skipped layers do not have; use "
     "budget= or skip_plan= to run fewer layers",

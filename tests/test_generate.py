@@ -1,0 +1,281 @@
+"""generate() of a routed model: every decoding option, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from firstlm import RouterConfig, SkipCache, SkipPlan
+from tiny_models import NUM_LAYERS, assert_adaptive, base_model, pad, prompts, routed_model
+
+LENGTHS = [13, 5, 9, 11]
+LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10, "return_dict_in_generate": True}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return routed_model("llama")
+
+
+def plans_of(model, rows):
+    return [model.plan(row[None]).skip_plans[0] for row in rows]
+
+
+def test_output_carries_plans_and_keep_probabilities(model):
+    rows = prompts(LENGTHS)
+    out = model.generate(**pad(rows), **LENGTH)
+    assert out.skip_plans == plans_of(model, rows)
+    assert_adaptive(out.skip_plans)
+    assert out.keep_prob.shape == (len(rows), NUM_LAYERS)
+    assert (out.keep_prob >= 0.5).logical_or(torch.arange(NUM_LAYERS) == 0).tolist() == [
+        plan.to_mask().tolist() for plan in out.skip_plans
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_beams_and_return_sequences_share_their_prompts_plan(model, options):
+    rows = prompts(LENGTHS)
+    torch.manual_seed(0)
+    out = model.generate(**pad(rows), **options, **LENGTH)
+    assert out.skip_plans == plans_of(model, rows)
+    assert len(out.keep_prob) == len(rows)
+    assert len(out.sequences) == len(rows) * options.get("num_return_sequences", 1)
+
+
+def test_beams_of_a_batch_equal_the_beams_of_each_prompt(model):
+    rows = prompts(LENGTHS)
+    options = LENGTH | {"num_beams": 3}
+    batch = model.generate(**pad(rows), **options)
+    for b, row in enumerate(rows):
+        alone = model.generate(row[None], **options)
+        assert torch.equal(batch.sequences[b, max(LENGTHS) :], alone.sequences[0, len(row) :])
+
+
+def test_beams_equal_those_of_a_model_without_the_skipped_layers(model):
+    plan = SkipPlan((0, 1, 4), NUM_LAYERS)
+    base = base_model("llama")
+    base.model.layers = torch.nn.ModuleList(base.model.layers[i] for i in plan.kept)
+    for index, layer in enumerate(base.model.layers):
+        layer.self_attn.layer_idx = index
+    base.config.num_hidden_layers = len(plan.kept)
+    options = LENGTH | {"num_beams": 4}
+    expected = base.generate(**pad(prompts(LENGTHS)), **options)
+    actual = model.generate(**pad(prompts(LENGTHS)), skip_plan=plan, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+
+
+def test_streamers_and_stopping_criteria_work(model):
+    class Streamer(TextStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    class AfterFour(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 9 + 4)
+
+    row, streamer = prompts([9])[0], Streamer()
+    out = model.generate(
+        row[None],
+        streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([AfterFour()]),
+        max_new_tokens=20,
+    )
+    assert out.shape[1] == 9 + 4
+    assert streamer.ended and streamer.tokens == out[0].tolist()
+
+
+def test_a_long_answer_to_a_short_prompt_works(model):
+    out = model.generate(prompts([3])[0][None], max_new_tokens=64, min_new_tokens=64)
+    assert out.shape[1] == 67
+
+
+def test_given_plans_override_the_routers(model):
+    rows = prompts(LENGTHS)
+    one = SkipPlan((0, 3), NUM_LAYERS)
+    assert model.generate(**pad(rows), skip_plan=one, **LENGTH).skip_plans == [one] * 4
+    each = [SkipPlan(tuple(range(n + 1)), NUM_LAYERS) for n in range(4)]
+    out = model.generate(**pad(rows), skip_plan=each, num_beams=2, **LENGTH)
+    assert out.skip_plans == each
+    for b, row in enumerate(rows):
+        alone = model.generate(row[None], skip_plan=each[b], num_beams=2, **LENGTH)
+        assert torch.equal(out.sequences[b, max(LENGTHS) :], alone.sequences[0, len(row) :])
+
+
+@pytest.mark.parametrize("prefill", ["route", "full"])
+@pytest.mark.parametrize("budget", [0.0, 0.34, 0.5])
+def test_an_exact_budget_drops_the_lowest_scores_of_an_unskipped_pass(prefill, budget):
+    config = RouterConfig(protected=[0, -1], prefill=prefill)
+    model = routed_model("llama", router=config)
+    rows = prompts(LENGTHS)
+    full = SkipPlan.full(NUM_LAYERS)
+    scores = model.plan(**pad(rows), skip_plan=full).keep_prob
+    out = model.generate(**pad(rows), budget=budget, budget_mode="exact", **LENGTH)
+    for plan, row in zip(out.skip_plans, scores, strict=True):
+        assert len(plan.skipped) == round(budget * NUM_LAYERS)
+        middle = row[1:-1]
+        lowest = middle.argsort()[: len(plan.skipped)] + 1
+        assert sorted(plan.skipped) == sorted(lowest.tolist())
+    again = model.plan(**pad(rows), budget=budget, budget_mode="exact")
+    assert again.skip_plans == out.skip_plans
+
+
+def test_a_threshold_budget_uses_the_calibrated_thresholds():
+    config = RouterConfig(
+        protected=[0], calibration={"0.2": [0.3] * NUM_LAYERS, "0.4": [0.7] * NUM_LAYERS}
+    )
+    model = routed_model("llama", router=config)
+    rows = pad(prompts(LENGTHS))
+    for budget, threshold in ((0.2, 0.3), (0.3, 0.5), (0.4, 0.7)):
+        expected = model.plan(**rows, thresholds=[threshold] * NUM_LAYERS)
+        assert model.generate(**rows, budget=budget, **LENGTH).skip_plans == expected.skip_plans
+    with pytest.raises(ValueError, match=r"calibrated: 0\.2, 0\.4"):
+        model.generate(**rows, budget=0.6)
+
+
+def test_prefill_full_reads_unskipped_states_and_frees_their_keys():
+    model = routed_model("llama", router=RouterConfig(protected=[0], prefill="full"))
+    rows = prompts(LENGTHS)
+    with model.count_layer_calls() as calls:
+        out = model.generate(**pad(rows), **LENGTH)
+    unskipped = model.plan(**pad(rows), skip_plan=SkipPlan.full(NUM_LAYERS))
+    torch.testing.assert_close(out.keep_prob, unskipped.keep_prob)
+    kept = torch.stack([plan.to_mask() for plan in out.skip_plans]).sum(0)
+    assert_adaptive(out.skip_plans)
+    assert calls.prefill.tolist() == [4] * NUM_LAYERS
+    assert calls.decode.tolist() == (9 * kept).tolist()
+    assert [layer.num_rows for layer in out.past_key_values.layers] == kept.tolist()
+
+
+def test_a_fixed_seed_samples_the_same_tokens_twice(model):
+    rows, options = pad(prompts(LENGTHS)), LENGTH | {"do_sample": True}
+    tokens = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        tokens.append(model.generate(**rows, **options).sequences)
+    assert torch.equal(*tokens)
+
+
+class TestSecondTurn:
+    """A later turn on a kept cache keeps the first turn's plan; new plans prefill everything."""
+
+    def first_turn(self, model):
+        row = prompts([9])[0][None]
+        out = model.generate(row, **LENGTH)
+        ids = torch.cat([out.sequences, prompts([6], seed=1)[0][None]], 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, out
+
+    def test_keeps_the_plan_and_computes_only_new_tokens(self, model):
+        conversation, first = self.first_turn(model)
+        with model.count_layer_calls() as calls:
+            second = model.generate(**conversation, past_key_values=first.past_key_values, **LENGTH)
+        assert second.skip_plans == first.skip_plans
+        assert calls.prefill.sum() == 0
+        fresh = model.generate(**conversation, skip_plan=first.skip_plans[0], **LENGTH)
+        assert torch.equal(second.sequences, fresh.sequences)
+
+    def test_replan_prefills_the_whole_conversation(self, model):
+        conversation, first = self.first_turn(model)
+        fresh = model.generate(**conversation, **LENGTH)
+        assert fresh.skip_plans != first.skip_plans, "the drawn routers must change their mind"
+        cache = first.past_key_values
+        second = model.generate(**conversation, past_key_values=cache, replan=True, **LENGTH)
+        assert second.skip_plans == fresh.skip_plans
+        assert torch.equal(second.sequences, fresh.sequences)
+
+    def test_another_plan_prefills_the_whole_conversation(self, model):
+        conversation, first = self.first_turn(model)
+        other = SkipPlan((0, 5), NUM_LAYERS)
+        fresh = model.generate(**conversation, skip_plan=other, **LENGTH)
+        cache = first.past_key_values
+        second = model.generate(**conversation, past_key_values=cache, skip_plan=other, **LENGTH)
+        assert second.skip_plans == [other]
+        assert torch.equal(second.sequences, fresh.sequences)
+
+    def test_the_same_plan_keeps_the_cache(self, model):
+        conversation, first = self.first_turn(model)
+        with model.count_layer_calls() as calls:
+            model.generate(
+                **conversation,
+                past_key_values=first.past_key_values,
+                skip_plan=first.skip_plans,
+                **LENGTH,
+            )
+        assert calls.prefill.sum() == 0
+
+    def test_replan_with_new_tokens_only_is_refused(self, model):
+        conversation, first = self.first_turn(model)
+        with pytest.raises(ValueError, match="whole conversation"):
+            model.generate(conversation[:, -6:], past_key_values=first.past_key_values, replan=True)
+        assert first.past_key_values.get_seq_length() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prefill_chunk_size": 4}, "whole prompt in one pass"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "leave it unset"),
+        ({"cache_implementation": "dynamic"}, "leave it unset"),
+        ({"cache_implementation": "quantized"}, "leave it unset"),
+        ({"cache_implementation": "offloaded"}, "leave it unset"),
+        ({"past_key_values": DynamicCache()}, "SkipCache"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted"),
+        ({"dola_layers": "low"}, "DoLa"),
+        ({"custom_generate": "some/repo"}, "bypass"),
+        ({"budget": 1.5}, r"\[0, 1\)"),
+        ({"budget": 0.3}, "exact"),
+        ({"budget": 0.3, "budget_mode": "nearest"}, "budget_mode"),
+        ({"budget": 0.95, "budget_mode": "exact"}, "may be skipped"),
+        ({"budget": 0.3, "skip_plan": SkipPlan((0,), NUM_LAYERS)}, "not both"),
+        ({"skip_plan": SkipPlan((0,), 4)}, "does not fit"),
+        ({"skip_plan": [SkipPlan((0,), NUM_LAYERS)] * 3}, "3 plans for 1 prompts"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_with_a_way_out(model, options, says):
+    with pytest.raises(ValueError, match=says):
+        model.generate(prompts([5])[0][None], **options)
+
+
+def test_assisted_and_paged_generation_are_refused(model):
+    with pytest.raises(ValueError, match="assistant_model"):
+        model.generate(prompts([5])[0][None], assistant_model=base_model("llama"))
+    with pytest.raises(ValueError, match="left-padded batch"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_forward_refuses_a_foreign_cache_and_other_plans(model):
+    ids = prompts([5])[0][None]
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="SkipCache"):
+            model(input_ids=ids, past_key_values=DynamicCache())
+        cache = model(input_ids=ids, skip_plan=SkipPlan((0, 1), NUM_LAYERS)).past_key_values
+        with pytest.raises(ValueError, match="differs from the plans of the cache"):
+            model(input_ids=ids[:, :1], past_key_values=cache, skip_plan=SkipPlan((0,), NUM_LAYERS))
+
+
+def test_a_cache_under_autograd_is_refused(model):
+    with pytest.raises(RuntimeError, match="no autograd history"):
+        model(input_ids=prompts([5])[0][None], past_key_values=SkipCache(model.config))
+
+
+def test_all_skipped_never_happens_without_protected_layers():
+    model = routed_model("llama", router=RouterConfig(protected=[], keep_bias=-9.0), draw=False)
+    out = model.generate(**pad(prompts(LENGTHS)), **LENGTH)
+    assert {plan.kept for plan in out.skip_plans} == {(NUM_LAYERS - 1,)}
