@@ -63,9 +63,9 @@ class RouterSettings:
     pooling: Literal["mean", "windowed_mean", "last"] = _setting(
         "mean", "prompt features of a router"
     )
-    windows: int = _setting(8, "windows of windowed_mean")
+    windows: int = _setting(1, "windows of windowed_mean")
     head: Literal["linear", "mlp"] = _setting("linear", "linear, or a bottleneck MLP")
-    bottleneck: int = _setting(128, "width of the MLP")
+    bottleneck: int = _setting(64, "width of the MLP")
     normalize: bool = _setting(True, "scale the pooled features to unit mean square")
     prefill: Literal["route", "full"] = _setting(
         "route", "route: routers read the states left by earlier skips; full: unskipped states"
@@ -216,6 +216,9 @@ class TrainConfig:
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm; 0: never")
     importance_examples: int = _setting(
         32, "validation examples that layer importance is measured on"
+    )
+    calibrate_rates: list[float] = _setting(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "rates that generate(budget=...) finds in the checkpoint"
     )
     eval_every: int = _setting(
         0, "steps between evaluations on validation prompts; 0: only at the end"
@@ -481,6 +484,9 @@ def _complaints(c: TrainConfig) -> Iterator[str]:
     yield from share("sequence_average", c.sequence_average)
     if not 0.0 <= c.skip_rate < 0.95:
         yield f"skip_rate={c.skip_rate}: must be at least 0 and below 0.95"
+
+    if any(not 0.0 <= rate < 0.95 for rate in c.calibrate_rates):
+        yield f"calibrate_rates={c.calibrate_rates}: each must be at least 0 and below 0.95"
 
     if not c.phases:
         yield f"phases is empty: name at least one of {', '.join(PHASES)}"

@@ -1,0 +1,124 @@
+"""The folder of a training run: what is finished, what can be taken up again, and the log.
+
+runs/x/config.yaml              every setting
+runs/x/train_log.jsonl          a line per logged step and per evaluation, over all phases
+runs/x/importance.json          cross-entropy rise of every layer, where it was measured
+runs/x/router_init.safetensors  the routers before phase 1
+runs/x/<phase>/start.json       thresholds and keep shares that the phase started from
+runs/x/<phase>/checkpoint-<n>/  routers, adapter, optimizer, controllers (until the phase is over)
+runs/x/<phase>/final/           routers, adapter, phase.json
+runs/x/checkpoint/              what firstlm.from_pretrained loads: the end of the last phase
+runs/x/result.json, health.*    written last: the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from firstlm.atomic import write_json, write_text
+from firstlm.train_config import TrainConfig
+from firstlm.trainer import latest_checkpoint
+
+
+class RunFolder:
+    """Paths and bookkeeping of one run. Only the main process writes.
+
+    Args:
+        path: the run's output_dir.
+        phases: names of its phases in order.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], phases: list[str], writes: bool) -> None:
+        self.path = Path(path)
+        self.phases = phases
+        self.writes = writes
+        self.log_path = self.path / "train_log.jsonl"
+        self.checkpoint = self.path / "checkpoint"
+
+    def open(self, config: TrainConfig) -> None:
+        """Takes up, or starts, the run of `config`.
+
+        Raises:
+            ValueError: the folder holds a run of other settings, or resume is off and it holds any.
+        """
+        stored = self.path / "config.yaml"
+        if config.overwrite and self.writes and stored.is_file():
+            shutil.rmtree(self.path)
+        if stored.is_file() and not config.overwrite:
+            if not config.resume:
+                raise ValueError(
+                    f"{self.path} holds a run already: set resume=true to go on with it, "
+                    "overwrite=true to delete it, or choose another output_dir"
+                )
+            changed = config.difference(TrainConfig.from_yaml(stored))
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run with other settings ({', '.join(changed)}): choose "
+                    "another output_dir, or set resume=false and overwrite=true to delete it"
+                )
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            config.to_yaml(stored)
+            for partial in self.path.glob("**/.*.partial*"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def phase(self, name: str) -> Path:
+        return self.path / name
+
+    def final(self, name: str) -> Path:
+        return self.path / name / "final"
+
+    def is_finished(self, name: str) -> bool:
+        return (self.final(name) / "phase.json").is_file()
+
+    def finished_phase(self, name: str) -> dict[str, Any]:
+        return self.read(f"{name}/final/phase.json") or {}
+
+    def resumable(self, name: str) -> Path | None:
+        """The newest whole checkpoint of an unfinished phase."""
+        return latest_checkpoint(self.phase(name))
+
+    def clear_checkpoints(self, name: str) -> None:
+        """Removes what only resuming needed, once a phase is finished."""
+        if self.writes:
+            for folder in self.phase(name).glob("checkpoint-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, or None."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write(self, name: str, value: Any) -> None:
+        if self.writes:
+            write_json(self.path / name, value)
+
+    # ---- the log ----
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends a line to train_log.jsonl."""
+        if self.writes:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def rewind_log(self, phase: str, step: int) -> None:
+        """Drops lines that a resumed run will write again, and a line cut short by a kill."""
+        if not self.writes or not self.log_path.is_file():
+            return
+        later = self.phases[self.phases.index(phase) + 1 :]
+        kept = []
+        for line in self.log_path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["phase"] in later or (record["phase"] == phase and record["step"] > step):
+                continue
+            kept.append(line + "\n")
+        write_text(self.log_path, "".join(kept))

@@ -1,0 +1,580 @@
+"""train(): warm-up -> routers (phase 1) -> LoRA (phase 2), resumable, each phase alone possible.
+
+    result = firstlm.train("configs/quickstart.yaml", overrides=["lora.steps=100"])
+    result = firstlm.train(base="embedded", output_dir="runs/mine", phases=["routers"])
+    model = firstlm.from_pretrained(result.checkpoint)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, TrainingArguments
+
+from firstlm import loading
+from firstlm.adapter import attach_adapter, has_adapter, load_adapter_weights
+from firstlm.atomic import staged_folder, write_json, write_text
+from firstlm.budget import calibrate_thresholds, keep_mask, keep_probabilities, rate_key
+from firstlm.checkpoint import (
+    ADAPTER_FOLDER,
+    load_routers,
+    read_router_config,
+    router_state_dict,
+)
+from firstlm.controls import (
+    greedy_plan,
+    importance_bias,
+    importance_plan,
+    keep_share_of_run,
+    measure_importance,
+    most_kept_plan,
+    set_keep_bias,
+    write_plan_into_routers,
+)
+from firstlm.data import PromptAnswerCollator
+from firstlm.health import HealthReport, router_health
+from firstlm.interrupt import InterruptGuard, TrainingInterrupted
+from firstlm.phases import (
+    Phase,
+    fixed_plan_phase,
+    lora_phase,
+    protected_layers,
+    router_phase,
+    steps_of,
+    warmup_phase,
+)
+from firstlm.router import RouterConfig
+from firstlm.run_folder import RunFolder
+from firstlm.scoring import score
+from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
+from firstlm.train_data import TrainData, load_train_data
+from firstlm.train_progress import ProgressAndLog, bar
+from firstlm.trainer import Trainer
+
+
+@dataclass
+class PhaseResult:
+    """One phase at its end.
+
+    Attributes:
+        checkpoint: folder of its routers and adapter.
+        cross_entropy: on the validation examples, hard gates.
+        skip_rate_asked, skip_rate: asked, and achieved on the held-out (test) prompts.
+        seconds: training time in this process, without what an interrupted run had spent.
+    """
+
+    name: str
+    steps: int
+    seconds: float
+    checkpoint: str
+    cross_entropy: float
+    skip_rate_asked: float
+    skip_rate: float
+
+
+@dataclass
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        output_dir: the run's folder, see run_folder.py.
+        checkpoint: what firstlm.from_pretrained loads.
+        log: train_log.jsonl.
+        phases: in order.
+        health: of the final model, on the held-out prompts.
+        too_long: examples that were left out because of data.max_length, by set.
+    """
+
+    output_dir: Path
+    checkpoint: Path
+    log: Path
+    phases: list[PhaseResult]
+    health: HealthReport
+    too_long: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; paths as text."""
+        return {
+            "output_dir": str(self.output_dir),
+            "checkpoint": str(self.checkpoint),
+            "log": str(self.log),
+            "phases": [dataclasses.asdict(p) for p in self.phases],
+            "health": self.health.to_json(),
+            "too_long": self.too_long,
+        }
+
+
+@dataclass
+class _Job:
+    """A phase of this run: its name, its settings, and for a control the plan that it trains under."""
+
+    name: str
+    settings: PhaseConfig
+    steps: int
+    fixed: bool = False
+
+
+def train(
+    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    train_dataset: Any = None,
+    validation_dataset: Any = None,
+    test_dataset: Any = None,
+    **settings: Any,
+) -> TrainResult:
+    """Finetunes routers and LoRA as `config` says, or goes on with a run that was interrupted.
+
+    Args:
+        config: a TrainConfig, a YAML file, or nested dicts.
+        overrides: "dotted.name=value" strings.
+        train_dataset, validation_dataset, test_dataset: a datasets.Dataset, a path, or encoded rows,
+            in place of config.data's.
+        **settings: settings by name, sections as dicts: lora={"steps": 100}.
+
+    Returns:
+        TrainResult; a run that was already complete is read and not repeated.
+
+    Raises:
+        ValueError: settings that cannot work, before any work starts.
+        TrainingInterrupted: stopped by Ctrl-C or SIGTERM, after saving.
+        NonFiniteLoss: NaN or infinite loss; step and examples are named.
+    """
+    config = _as_config(config, settings, overrides).validate()
+    given = {"train": train_dataset, "validation": validation_dataset, "test": test_dataset}
+    return _Run(config, {k: v for k, v in given.items() if v is not None}).go()
+
+
+def _as_config(
+    config: TrainConfig | str | os.PathLike[str] | Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    overrides: Iterable[str],
+) -> TrainConfig:
+    if isinstance(config, (str, os.PathLike)):
+        config = TrainConfig.from_yaml(config)
+    values = config.to_dict() if isinstance(config, TrainConfig) else dict(config or {})
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), Mapping):
+            value = {**values[name], **value}
+        values[name] = value
+    return TrainConfig.from_dict(values, overrides)
+
+
+class _Run:
+    """The state of one run, and its steps in order (go)."""
+
+    def __init__(self, config: TrainConfig, given: Mapping[str, Any]) -> None:
+        self.config = config
+        self.given = given
+        self.state = PartialState(cpu=config.device == "cpu")
+        self.guard = InterruptGuard()
+
+    def go(self) -> TrainResult:
+        config = self.config
+        names = _phase_names(config)
+        self.folder = RunFolder(config.output_dir, names, self.state.is_main_process)
+        self.folder.open(config)
+        self.state.wait_for_everyone()
+        done = self.folder.read("result.json")
+        if done is not None:
+            return _result_from_json(done)
+        self.model = self._load_model()
+        self.data = self._load_data()
+        self.jobs = _jobs(config, len(self.data.train), self._sequences_per_step())
+        results = [self._run_job(job) for job in self.jobs]
+        return self._finish(results)
+
+    def _sequences_per_step(self) -> int:
+        return self.config.batch_size * self.config.accumulation * self.state.num_processes
+
+    # ---- model and data ----
+
+    def _load_model(self) -> Any:
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        if config.checkpoint is not None:
+            model = loading.from_pretrained(config.checkpoint, dtype=dtype)
+        else:
+            values = dataclasses.asdict(config.router)
+            values.pop("keep_bias_spread")
+            if not isinstance(values["keep_bias"], float):
+                values["keep_bias"] = 0.0  # set once importance is measured
+            # A firstlm checkpoint as base brings its own routers.
+            own = loading.checkpoint.is_checkpoint(config.base)
+            router = None if own else RouterConfig(**values)
+            model = loading.from_pretrained(config.base, router=router, dtype=dtype)
+        device = config.device or str(self.state.device)
+        return model.to(device)
+
+    def _load_data(self) -> TrainData:
+        tokens_given = len(self.given) == 3 and all(
+            not isinstance(v, (str, os.PathLike)) for v in self.given.values()
+        )
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model.config._name_or_path)
+        except (OSError, ValueError, TypeError):
+            if not tokens_given:
+                raise
+            self.tokenizer = None
+        stand_in = SimpleNamespace(pad_token_id=None, eos_token_id=None)
+        collator = PromptAnswerCollator(self.tokenizer or stand_in)
+        return load_train_data(
+            self.config.data,
+            self.tokenizer,
+            collator,
+            self.given,
+            self.config.seed,
+            self.config.progress and self.state.is_main_process,
+        )
+
+    # ---- one phase ----
+
+    def _run_job(self, job: _Job) -> PhaseResult:
+        index = self.jobs.index(job)
+        if self.folder.is_finished(job.name):
+            self._restore(self.folder.final(job.name))
+            return PhaseResult(**self.folder.finished_phase(job.name))
+        resumed = self.folder.resumable(job.name)
+        self.folder.rewind_log(job.name, int(resumed.name.split("-")[1]) if resumed else 0)
+        phase = self._make_phase(job)
+        started = time.perf_counter()
+        trainer = self._make_trainer(job, phase, self.config.seed + 1000 * index)
+        with self.guard:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        # Accelerate wraps forward for autocast: the next phase wraps it anew.
+        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        step = trainer.state.global_step
+        if self.guard.requested:
+            self._raise_interrupted(job, step)
+        seconds = time.perf_counter() - started
+        del trainer
+        gc.collect()
+        return self._close_phase(job, phase, seconds)
+
+    def _make_phase(self, job: _Job) -> Phase:
+        """The phase at its start, the model prepared for it; the same again when it is resumed."""
+        if job.fixed:
+            self._need_adapter()
+            return fixed_plan_phase(job.name, self._static_plan(), DistillConfig())
+        if job.name == "warmup":
+            self._need_adapter()
+            importance = None
+            if self.config.warmup.drop_weights == "importance":
+                importance = self._importance("warmup")
+            return warmup_phase(self.config, job.steps, self.model, importance)
+        if job.name == "routers":
+            if self.config.routers.train_adapter:
+                self._need_adapter()
+            self._initialise_routers()
+            return router_phase(self.config, job.steps, self.model)
+        keep_share = self._start_of_lora()
+        self._need_adapter()
+        return lora_phase(self.config, self.model, keep_share)
+
+    def _need_adapter(self) -> None:
+        if not has_adapter(self.model):
+            attach_adapter(self.model, self.config.lora, self.config.seed)
+
+    def _initialise_routers(self) -> None:
+        """Routers start from keep_bias, unless they came with a checkpoint."""
+        fresh = self.config.checkpoint is None and not loading.checkpoint.is_checkpoint(
+            self.config.base
+        )
+        if fresh and self.config.router.keep_bias == "importance":
+            bias = importance_bias(
+                self._importance("routers"),
+                self.config.skip_rate,
+                self.config.router.keep_bias_spread,
+                protected_layers(self.model),
+            )
+            set_keep_bias(self.model, bias)
+        path = self.folder.path / "router_init.safetensors"
+        if self.state.is_main_process and not path.is_file():
+            temporary = path.with_suffix(".tmp")
+            save_file(router_state_dict(self.model), temporary)
+            os.replace(temporary, path)
+
+    def _start_of_lora(self) -> list[float]:
+        """Calibrated thresholds are set; returns how often each layer is kept with them, [L]."""
+        stored = self.folder.read("lora/start.json")
+        if stored is None:
+            if "routers" not in [j.name for j in self.jobs]:  # else phase 1 has just calibrated
+                self._calibrate([self.config.skip_rate])
+            prompts = self.data.prompts(self.data.validation)
+            mask = keep_mask(
+                keep_probabilities(self.model, prompts),
+                self.model.router_config.thresholds,
+                protected_layers(self.model),
+            )
+            stored = {
+                "thresholds": list(self.model.router_config.thresholds),
+                "keep_share": mask.double().mean(0).tolist(),
+            }
+            self.folder.write("lora/start.json", stored)
+        self.model.set_thresholds(stored["thresholds"])
+        return stored["keep_share"]
+
+    def _importance(self, when: str) -> list[float]:
+        """CE rise of every layer at the start of phase `when`, measured once per run."""
+        known = self.folder.read("importance.json") or {}
+        if when not in known:
+            count = min(self.config.importance_examples, len(self.data.validation))
+            examples = [self.data.validation[i] for i in range(count)]
+            with self._bar("layer importance", len(self.model.decoder_layers) + 1) as update:
+                known[when] = measure_importance(
+                    self.model, examples, self.data.collator, progress=update
+                )
+            self.folder.write("importance.json", known)
+        return known[when]
+
+    def _static_plan(self) -> list[bool]:
+        """The plan of a control, decided once per run."""
+        num_layers = len(self.model.decoder_layers)
+        stored = self.folder.read("control_plan.json")
+        if stored is None:
+            keep = self._choose_static_plan(num_layers)
+            stored = {"kept": [i for i in range(num_layers) if keep[i]], "num_layers": num_layers}
+            self.folder.write("control_plan.json", stored)
+        return [i in stored["kept"] for i in range(num_layers)]
+
+    def _choose_static_plan(self, num_layers: int) -> list[bool]:
+        config, protected = self.config, protected_layers(self.model)
+        if config.control == "lora_only":
+            return [True] * num_layers
+        if isinstance(config.control_plan, list):
+            wrong = [i for i in config.control_plan if not 0 <= i < num_layers]
+            if wrong or not config.control_plan:
+                raise ValueError(f"control_plan keeps {wrong}: layers are 0 to {num_layers - 1}")
+            return [i in config.control_plan for i in range(num_layers)]
+        if config.control_plan.startswith("most_kept:"):
+            share, rate = keep_share_of_run(config.control_plan.partition(":")[2])
+            return most_kept_plan(share, rate, protected)
+        if config.control_plan == "greedy":
+            count = min(config.importance_examples, len(self.data.validation))
+            examples = [self.data.validation[i] for i in range(count)]
+            with self._bar("greedy static plan", None) as update:
+                return greedy_plan(
+                    self.model, examples, self.data.collator, config.skip_rate, progress=update
+                )
+        return importance_plan(self._importance("control"), config.skip_rate, protected)
+
+    def _make_trainer(self, job: _Job, phase: Phase, seed: int) -> Trainer:
+        hooks = ProgressAndLog(
+            self.folder,
+            job.name,
+            job.steps,
+            steps_before=sum(j.steps for j in self.jobs[: self.jobs.index(job)]),
+            show=self.config.progress and self.state.is_main_process,
+            eval_every=self.config.eval_every,
+            evaluate=lambda: self._evaluate(phase),
+        )
+        return Trainer(
+            self.model,
+            phase,
+            training_arguments(self.config, job.settings, job.steps, self._phase_dir(job), seed),
+            sequence_average=self.config.sequence_average,
+            guard=self.guard,
+            train_dataset=self.data.train,
+            data_collator=self.data.collator,
+            callbacks=[hooks],
+        )
+
+    def _phase_dir(self, job: _Job) -> str:
+        return str(self.folder.phase(job.name))
+
+    def _evaluate(self, phase: Phase) -> dict[str, float]:
+        """Validation figures; a phase under drawn plans is judged with every layer kept."""
+        rows = self.data.validation
+        whole = None if phase.plans is None else torch.ones(len(self.model.decoder_layers)).bool()
+        scores = score(self.model, rows, self.data.collator, keep_mask=whole)
+        return {
+            "eval_cross_entropy": scores.cross_entropy,
+            "eval_skip_rate": scores.skip_rate,
+            "eval_plans": scores.distinct_plans,
+        }
+
+    def _raise_interrupted(self, job: _Job, step: int) -> None:
+        assert self.guard.signal_number is not None
+        raise TrainingInterrupted(
+            f"stopped after step {step} of {job.steps} of phase {job.name!r}; all is saved in "
+            f"{self.folder.path}: run the same command again to go on",
+            self.guard.signal_number,
+        )
+
+    def _close_phase(self, job: _Job, phase: Phase, seconds: float) -> PhaseResult:
+        """Calibrates, measures and publishes the end of a phase."""
+        steered = not job.fixed and job.name != "warmup"
+        asked, rate = (self.config.skip_rate, 0.0) if steered else (phase.target(job.steps), 0.0)
+        if job.fixed:
+            write_plan_into_routers(self.model, self._static_plan())
+            rate = asked
+        elif steered:
+            self._calibrate([asked])
+            prompts = self.data.prompts(self.data.test)
+            probabilities = keep_probabilities(self.model, prompts)
+            mask = keep_mask(
+                probabilities, self.model.router_config.thresholds, protected_layers(self.model)
+            )
+            rate = 1.0 - mask.double().mean().item()
+        else:
+            asked = 0.0  # a warm-up leaves a model that skips nothing
+        measured = self._evaluate(phase if not job.fixed else dataclasses.replace(phase, plans=None))
+        self.folder.log({"phase": job.name, "step": job.steps, "end": True, **measured})
+        final = self.folder.final(job.name)
+        result = PhaseResult(
+            job.name, job.steps, seconds, str(final), measured["eval_cross_entropy"], asked, rate
+        )
+        if self.state.is_main_process:
+            with staged_folder(final) as staging:
+                self.model.save_pretrained(staging)
+                write_json(staging / "phase.json", dataclasses.asdict(result))
+            self.folder.clear_checkpoints(job.name)
+        self.state.wait_for_everyone()
+        return result
+
+    def _calibrate(self, rates: Sequence[float]) -> None:
+        """Sets thresholds for the asked rate, and stores them for all `rates`."""
+        prompts = self.data.prompts(self.data.validation)
+        with self._bar("calibrating thresholds", len(rates)) as update:
+            found = calibrate_thresholds(
+                self.model, prompts, rates, progress=lambda asked, achieved: update(1)
+            )
+        self.model.set_thresholds(found[rate_key(self.config.skip_rate)])
+        self.model.router_config.calibration = found
+
+    def _restore(self, folder: Path) -> None:
+        """The model as a finished phase left it."""
+        if (folder / ADAPTER_FOLDER).is_dir():
+            self._need_adapter()
+            load_adapter_weights(self.model, folder / ADAPTER_FOLDER)
+        load_routers(self.model, folder)
+        stored = read_router_config(folder)
+        self.model.router_config.keep_bias = stored.keep_bias
+        self.model.router_config.calibration = stored.calibration
+        self.model.set_thresholds(stored.thresholds)
+
+    # ---- the end ----
+
+    def _finish(self, results: list[PhaseResult]) -> TrainResult:
+        config = self.config
+        last = self.jobs[-1]
+        if not last.fixed and last.name != "warmup":
+            rates = sorted({config.skip_rate, *self._reachable(config.calibrate_rates)})
+            self._calibrate(rates)
+        asked = results[-1].skip_rate_asked
+        initial = self.folder.path / "router_init.safetensors"
+        with self._bar("router health", 5 * len(self.data.test)) as update:
+            health = router_health(
+                self.model,
+                self.data.test,
+                self.data.collator,
+                asked,
+                initial=load_file(initial) if initial.is_file() else None,
+                seed=config.seed,
+                progress=update,
+            )
+        result = TrainResult(
+            self.folder.path,
+            self.folder.checkpoint,
+            self.folder.log_path,
+            results,
+            health,
+            self.data.too_long,
+        )
+        if self.state.is_main_process:
+            with staged_folder(self.folder.checkpoint) as staging:
+                self.model.save_pretrained(staging)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(staging)
+                write_json(staging / "health.json", health.to_json())
+            write_json(self.folder.path / "health.json", health.to_json())
+            write_text(self.folder.path / "health.md", health.to_markdown())
+            self.folder.write("result.json", result.to_json())
+        self.state.wait_for_everyone()
+        return result
+
+    def _reachable(self, rates: Sequence[float]) -> list[float]:
+        num_layers = len(self.model.decoder_layers)
+        most = 1.0 - len(protected_layers(self.model)) / num_layers
+        return [rate for rate in rates if rate <= most]
+
+    def _bar(self, what: str, total: int | None) -> Any:
+        return bar(what, total, self.config.progress and self.state.is_main_process)
+
+
+def training_arguments(
+    config: TrainConfig, settings: PhaseConfig, steps: int, output_dir: str, seed: int
+) -> TrainingArguments:
+    """transformers' arguments for one phase of `config`."""
+    return TrainingArguments(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.lr_schedule,
+        warmup_steps=round(settings.lr_warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=config.precision == "bf16",
+        use_cpu=config.device == "cpu",
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # we stop instead
+        save_strategy="steps",
+        save_steps=config.save_every or steps,
+        save_total_limit=config.save_total_limit,
+        disable_tqdm=True,  # our own bar shows skip rates
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _phase_names(config: TrainConfig) -> list[str]:
+    if config.control == "lora_only":
+        return ["lora"]
+    if config.control == "static":
+        return [n for n in config.phases if n == "warmup"] + ["lora"]
+    return list(config.phases)
+
+
+def _jobs(config: TrainConfig, examples: int, batch: int) -> list[_Job]:
+    """The phases of the run; a control spends the same steps in all on LoRA alone."""
+    steps = {n: steps_of(getattr(config, n), examples, batch) for n in config.phases}
+    names = _phase_names(config)
+    if config.control == "none":
+        return [_Job(n, getattr(config, n), steps[n]) for n in names]
+    warm = [_Job("warmup", config.warmup, steps["warmup"])] if "warmup" in names else []
+    rest = sum(steps.values()) - sum(job.steps for job in warm)
+    if not rest:
+        raise ValueError(f"control={config.control} trains LoRA: phases={config.phases} leaves none")
+    return [*warm, _Job("lora", config.lora, rest, fixed=True)]
+
+
+def _result_from_json(values: Mapping[str, Any]) -> TrainResult:
+    return TrainResult(
+        Path(values["output_dir"]),
+        Path(values["checkpoint"]),
+        Path(values["log"]),
+        [PhaseResult(**p) for p in values["phases"]],
+        HealthReport.from_json(values["health"]),
+        values["too_long"],
+    )
