@@ -1,0 +1,362 @@
+"""The `firstlm` command: train, generate, plan, info.
+
+Results go to stdout, everything else (progress, notes, errors) to stderr. Torch and transformers
+are imported inside the commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import firstlm
+from firstlm import cli_input
+
+EPILOG = (
+    "Exit codes: 0 done, 1 an error (one line on stderr; --debug or FIRSTLM_DEBUG=1 shows the "
+    "traceback), 2 wrong usage, 130 interrupted."
+)
+app = typer.Typer(
+    name="firstlm",
+    help="Prompt-adaptive layer skipping (FiRST): every prompt runs its own subset of a model's "
+    "decoder layers, chosen once by routers while the prompt is read.\n\nStart with: "
+    "firstlm generate 'What is a package?'",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint", "-c", metavar="MODEL",
+        help="A folder that firstlm trained, or any base model: folder, hub id, .gguf, or "
+        "'embedded'. A base without routers keeps every layer.",
+    ),
+]  # fmt: skip
+Budget = Annotated[
+    float | None,
+    typer.Option(help="Asked skip rate in [0, 1), instead of the checkpoint's own thresholds."),
+]
+BudgetMode = Annotated[
+    Literal["threshold", "exact"],
+    typer.Option(
+        help="'threshold': calibrated thresholds, right on average, one prefill. 'exact': the same "
+        "number of layers for every prompt; the prompt is prefilled twice."
+    ),
+]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--file", "-f", metavar="JSONL",
+        help='JSON lines, each {"prompt": text} or {"messages": [...]}; "-" is stdin.',
+    ),
+]  # fmt: skip
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Give the text as it is, without the chat template.")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "float64"] | None,
+    typer.Option(help="Of the weights; default: as stored."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"firstlm {firstlm.__version__}")
+        raise typer.Exit()
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns any failure of a command into one line on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            _print_error(f"interrupted. {error}".strip())
+            raise typer.Exit(128 + getattr(error, "signal_number", 2)) from None
+        except BrokenPipeError:  # the reader of stdout, say `head`, has gone
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            if _debugging():
+                traceback.print_exc()
+            _print_error(_one_line(error))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@reports_errors
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...",
+            help="Settings that replace those of the file, as lora.steps=100; see --settings.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with settings, as configs/quickstart.yaml."),
+    ] = None,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="List every setting with its default, and stop.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Check and print the settings, and stop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Finetune: warm-up of LoRA under random layer drop, routers (phase 1), LoRA (phase 2).
+
+    An interrupted run goes on where it stopped when the same command is given again. The result is
+    a folder that `firstlm generate --checkpoint` and `firstlm.from_pretrained` take.
+
+    Example: firstlm train --config configs/quickstart.yaml skip_rate=0.3 output_dir=runs/mine
+    """
+    from firstlm.train_config import TrainConfig
+
+    if settings:
+        _print_settings(as_json)
+        return
+    values = list(overrides or [])
+    if config is not None:
+        chosen = TrainConfig.from_yaml(config, values)
+    elif values or print_config:
+        chosen = TrainConfig.from_dict({}, values)
+    else:
+        raise typer.BadParameter("give --config FILE, or settings as NAME=VALUE; see --settings")
+    chosen.validate()
+    if print_config:
+        import yaml
+
+        as_text = json.dumps(chosen.to_dict(), indent=2) if as_json else None
+        typer.echo(as_text or yaml.safe_dump(chosen.to_dict(), sort_keys=False).rstrip())
+        return
+    import firstlm.training
+
+    result = firstlm.training.train(chosen)
+    if as_json:
+        typer.echo(json.dumps(_plain(result), indent=2))
+    else:
+        typer.echo(str(result))
+
+
+@app.command()
+@reports_errors
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; without it (or with '-') stdin is read.")
+    ] = None,
+    checkpoint: Checkpoint = "embedded",
+    file: PromptFile = None,
+    raw: Raw = False,
+    skip_plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="Layers to keep, instead of the routers' choice: a plan's "
+            "JSON, a file with it, or its text form ▮▮▯▮… ('full': every layer).",
+        ),
+    ] = None,
+    budget: Budget = None,
+    budget_mode: BudgetMode = "threshold",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Print words as they come; default: on a terminal."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --file decoded together.")] = 8,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, or every line of a JSONL file, each under a skip plan of its own.
+
+    The answer goes to stdout, the plan to stderr. With --json: one JSON object a prompt and line,
+    with text, tokens, skip_plan, skip_rate and keep_prob.
+
+    Example: firstlm generate -c runs/quickstart/checkpoint --budget 0.3 'Summarize: ...'
+    """
+    prompts = cli_input.read_prompts([prompt] if prompt is not None else [], file)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    elif top_k is not None or top_p is not None:
+        raise typer.BadParameter("--top-k and --top-p need --temperature above 0")
+    model, tokenizer = cli_input.load(checkpoint, dtype)
+    choice = cli_input.plan_arguments(model, skip_plan, budget, budget_mode)
+
+    from transformers import TextStreamer, set_seed
+
+    set_seed(seed)
+    if stream is None:
+        stream = sys.stdout.isatty()
+    streaming = stream and len(prompts) == 1 and not as_json
+    for rows in cli_input.batches(prompts, batch_size):
+        inputs = cli_input.encode(rows, tokenizer, model, raw)
+        if streaming:
+            sampling["streamer"] = TextStreamer(
+                tokenizer, skip_prompt=True, skip_special_tokens=True
+            )
+        output = model.generate(
+            **inputs, **choice, **sampling, max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        end = tokenizer.eos_token_id
+        for row, text in enumerate(texts):
+            plan, ids = output.skip_plans[row], new_tokens[row].tolist()
+            if as_json:
+                tokens = ids.index(end) + 1 if end in ids else len(ids)
+                fields = {"prompt": rows[row], "text": text, "tokens": tokens}
+                typer.echo(json.dumps(fields | cli_input.plan_fields(plan, output.keep_prob[row])))
+                continue
+            if not streaming:
+                typer.echo(text)
+            cli_input.note(f"{plan}  skip rate {plan.skip_rate:.1%}")
+
+
+@app.command()
+@reports_errors
+def plan(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Prompts; without any (or with '-') stdin is read as one."),
+    ] = None,
+    checkpoint: Checkpoint = "embedded",
+    file: PromptFile = None,
+    raw: Raw = False,
+    budget: Budget = None,
+    budget_mode: BudgetMode = "threshold",
+    keep_prob: Annotated[
+        bool, typer.Option("--keep-prob", help="Also the keep probability of every layer.")
+    ] = False,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers each prompt keeps, without decoding: one line ▮▮▯▮… a prompt.
+
+    With --json: one JSON object a prompt and line, which `generate --skip-plan` takes.
+
+    Example: firstlm plan -c runs/quickstart/checkpoint 'Summarize: ...' 'Translate: ...'
+    """
+    texts = cli_input.read_prompts(prompts or [], file)
+    model, tokenizer = cli_input.load(checkpoint, dtype)
+    choice = cli_input.plan_arguments(model, None, budget, budget_mode)
+    for rows in cli_input.batches(texts, 8):
+        routing = model.plan(**cli_input.encode(rows, tokenizer, model, raw), **choice)
+        for row, skip_plan in enumerate(routing.skip_plans):
+            if as_json:
+                fields = cli_input.plan_fields(skip_plan, routing.keep_prob[row])
+                typer.echo(json.dumps({"prompt": rows[row]} | fields))
+                continue
+            typer.echo(f"{skip_plan}  {skip_plan.skip_rate:6.1%}  {cli_input.shorten(rows[row])}")
+            if keep_prob:
+                probabilities = routing.keep_prob[row].tolist()
+                kept = set(skip_plan.kept)
+                for layer, probability in enumerate(probabilities):
+                    mark = "kept" if layer in kept else "skipped"
+                    typer.echo(f"  layer {layer:3d}  {probability:.3f}  {mark}")
+
+
+@app.command()
+@reports_errors
+def info(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A checkpoint folder or a base model."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe a checkpoint (base, routers, thresholds, calibration); without one: this install.
+
+    Reads files only; no model is loaded.
+    """
+    from firstlm import cli_info
+
+    facts = cli_info.installation() if checkpoint is None else cli_info.model(checkpoint)
+    typer.echo(json.dumps(facts, indent=2) if as_json else cli_info.as_text(facts))
+
+
+# ---- what is printed ----
+
+
+def _print_settings(as_json: bool) -> None:
+    from firstlm.train_config import config_fields
+
+    fields = config_fields()
+    if as_json:
+        typer.echo(json.dumps([vars(f) for f in fields], indent=2))
+        return
+    for f in fields:
+        typer.echo(f"{f.name} = {json.dumps(f.default)}\n    {f.help}")
+
+
+def _plain(value: Any) -> Any:
+    """A result as JSON types."""
+    import dataclasses
+
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def _print_error(text: str) -> None:
+    typer.echo(f"firstlm: error: {text}", err=True)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).replace(":\n  - ", ": ").replace("\n  - ", "; ").split())
+    known = isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError))
+    return text if known and text else f"{type(error).__name__}: {text}"
+
+
+def _debugging() -> bool:
+    return os.environ.get("FIRSTLM_DEBUG", "") not in ("", "0")
+
+
+def main() -> None:
+    """Entry point. `--debug` counts wherever it stands, also after the command's name."""
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--debug" in arguments[:end]:
+        os.environ["FIRSTLM_DEBUG"] = "1"
+        arguments = [a for i, a in enumerate(arguments) if a != "--debug" or i > end]
+    app(args=arguments, prog_name="firstlm")
+
+
+if __name__ == "__main__":  # for torchrun -m firstlm.cli
+    main()

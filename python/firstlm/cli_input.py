@@ -1,0 +1,166 @@
+"""What the commands read: prompts, models, plans; and the plan fields that they print as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+
+def read_prompts(given: list[str], file: str | None) -> list[Any]:
+    """Texts or chats, from the command line, a JSONL file, or stdin."""
+    if file is not None:
+        if given:
+            raise typer.BadParameter("give a prompt or --file, not both")
+        return list(read_jsonl(file))
+    if given and given != ["-"]:
+        return list(given)
+    if not given and sys.stdin.isatty():
+        raise typer.BadParameter("give a prompt, --file JSONL, or text on stdin")
+    text = sys.stdin.read().strip()
+    if not text:
+        raise ValueError("stdin holds no prompt")
+    return [text]
+
+
+def read_jsonl(file: str) -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        lines = sys.stdin if file == "-" else stack.enter_context(open(file, encoding="utf-8"))
+        count = 0
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                prompt = row["prompt"] if "prompt" in row else row["messages"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(
+                    f'line {number} of {file} is not {{"prompt": text}} or {{"messages": [...]}}'
+                ) from None
+            # A chat of a training file ends with the answer; the question is what comes before.
+            if isinstance(prompt, list) and prompt and prompt[-1].get("role") == "assistant":
+                prompt = prompt[:-1]
+            if not prompt:
+                raise ValueError(f"line {number} of {file} holds an empty prompt")
+            count += 1
+            yield prompt
+        if count == 0:
+            raise ValueError(f"{file} holds no prompts")
+
+
+def batches(prompts: list[Any], batch_size: int) -> Iterator[list[Any]]:
+    from tqdm.auto import tqdm
+
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, unit="batch", disable=len(starts) == 1 or not sys.stderr.isatty()):
+        yield prompts[start : start + batch_size]
+
+
+def check_model_exists(name: str) -> None:
+    """Refuse a path that leads nowhere, before a hub is asked for it.
+
+    Raises:
+        ValueError: no such path, or a folder that holds no model.
+    """
+    from firstlm import checkpoint, embedded_model
+
+    path = Path(name)
+    if embedded_model.is_alias(name) or checkpoint.is_checkpoint(path) or path.is_file():
+        return
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"{name} is neither a firstlm checkpoint (no router_config.json) nor a "
+                "Hugging Face model (no config.json)"
+            )
+        return
+    # A hub id is "name" or "owner/name"; anything else can only have meant a path.
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise ValueError(f"{name} does not exist")
+
+
+def load(checkpoint: str, dtype: str | None):
+    """(model, tokenizer) of a checkpoint or base."""
+    check_model_exists(checkpoint)
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    from firstlm.checkpoint import is_checkpoint
+    from firstlm.loading import from_pretrained
+    from firstlm.tokenizer import load_tokenizer
+
+    model = from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
+    if not is_checkpoint(checkpoint):
+        note(f"{checkpoint} has no trained routers: every layer is kept; see `firstlm train`")
+    return model, load_tokenizer(checkpoint)
+
+
+def encode(rows: list[Any], tokenizer, model, raw: bool) -> dict[str, Any]:
+    from firstlm.data import encode_prompt, pad_prompts
+
+    if raw and not all(isinstance(row, str) for row in rows):
+        raise ValueError("--raw takes texts; chats need the chat template")
+    ids = [tokenizer(row)["input_ids"] if raw else encode_prompt(row, tokenizer) for row in rows]
+    return {name: t.to(model.device) for name, t in pad_prompts(ids, tokenizer).items()}
+
+
+def plan_arguments(
+    model, skip_plan: str | None, budget: float | None, budget_mode: str
+) -> dict[str, Any]:
+    if budget is not None:
+        if skip_plan is not None:
+            raise typer.BadParameter("give --skip-plan or --budget, not both")
+        return {"budget": budget, "budget_mode": budget_mode}
+    if skip_plan is None:
+        return {}
+    return {"skip_plan": parse_plan(skip_plan, len(model.decoder_layers))}
+
+
+def parse_plan(text: str, num_layers: int):
+    """A `SkipPlan` from its JSON, a file with it, its text form, or 'full'.
+
+    Raises:
+        ValueError: none of these.
+    """
+    from firstlm.skip_plan import KEPT, SKIPPED, SkipPlan
+
+    text = text.strip()
+    if text == "full":
+        return SkipPlan.full(num_layers)
+    if text and not set(text) - {KEPT, SKIPPED}:
+        return SkipPlan.from_mask([mark == KEPT for mark in text])
+    if not text.startswith("{"):
+        if not Path(text).is_file():
+            raise ValueError(f"--skip-plan {text!r} is neither a plan's JSON nor a file with it")
+        text = Path(text).read_text(encoding="utf-8")
+    value = json.loads(text)
+    # `firstlm plan --json` prints the plan among other fields: take that line as well.
+    return SkipPlan.from_json(json.dumps(value.get("skip_plan", value)))
+
+
+def plan_fields(skip_plan, keep_prob) -> dict[str, Any]:
+    return {
+        "skip_plan": json.loads(skip_plan.to_json()),
+        "skip_rate": skip_plan.skip_rate,
+        "keep_prob": [round(p, 6) for p in keep_prob.tolist()],
+    }
+
+
+def shorten(prompt: Any, width: int = 60) -> str:
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def note(text: str) -> None:
+    """Something for the user that is not the result."""
+    typer.echo(text, err=True)

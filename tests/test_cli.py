@@ -1,0 +1,223 @@
+"""The command: results on stdout, one-line errors on stderr, exit codes that scripts can use."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from transformers import AutoTokenizer
+
+import firstlm
+from firstlm import cli, cli_input
+from firstlm.skip_plan import SkipPlan
+from tiny_gguf import draw_routers, tiny_model_folder
+
+LAYERS = 6
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("cli"), layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
+    model = firstlm.from_pretrained(base)
+    draw_routers(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("FIRSTLM_DEBUG", "")
+
+    def run(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["firstlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(exit.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys\nfrom firstlm import cli\nsys.argv = ['firstlm', 'generate', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit as e:\n    assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--skip-plan" in result.stdout and "--budget" in result.stdout
+
+
+def test_version_and_no_arguments(command) -> None:
+    assert command("--version").out == f"firstlm {firstlm.__version__}\n"
+    nothing = command()
+    assert nothing.code == 2
+    assert "train" in nothing.out + nothing.err
+
+
+def test_plan_prints_one_line_a_prompt(command, checkpoint: Path) -> None:
+    result = command("plan", "-c", checkpoint, "a", "Summarize this description:\nlong")
+    lines = result.out.splitlines()
+    assert result.code == 0 and len(lines) == 2
+    for line in lines:
+        assert set(line.split()[0]) <= set("▮▯") and len(line.split()[0]) == LAYERS
+    assert lines[1].endswith("Summarize this description: long")
+    detailed = command("plan", "-c", checkpoint, "--keep-prob", "a").out.splitlines()
+    assert len(detailed) == 1 + LAYERS
+    kept = sum(line.endswith(" kept") for line in detailed)
+    assert kept == detailed[0].count("▮")
+
+
+def test_plan_json_feeds_generate(command, checkpoint: Path, tmp_path: Path) -> None:
+    row = json.loads(command("plan", "-c", checkpoint, "--json", "--budget", "0.5",
+                             "--budget-mode", "exact", "a").out)  # fmt: skip
+    assert row["skip_rate"] == 0.5 and len(row["keep_prob"]) == LAYERS
+    (tmp_path / "plan.json").write_text(json.dumps(row))
+    for plan in (json.dumps(row["skip_plan"]), tmp_path / "plan.json"):
+        result = command("generate", "-c", checkpoint, "--skip-plan", plan, "-n", 3, "--json", "b")
+        assert json.loads(result.out)["skip_plan"] == row["skip_plan"]
+
+
+def test_generate_reads_argument_stdin_and_jsonl_alike(
+    command, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("generate", "-c", checkpoint, "-n", 4, "--json")
+    by_argument = json.loads(command(*options, "hello").out)
+    assert 1 <= by_argument["tokens"] <= 4
+    assert json.loads(command(*options, stdin="hello\n").out) == by_argument
+    assert json.loads(command(*options, "-", stdin="hello\n").out) == by_argument
+    file = tmp_path / "prompts.jsonl"
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "no"}]
+    file.write_text(json.dumps({"prompt": "hello"}) + "\n\n" + json.dumps({"messages": chat}))
+    rows = [json.loads(line) for line in command(*options, "--file", file).out.splitlines()]
+    assert [row["text"] for row in rows] == [by_argument["text"]] * 2
+    assert rows[0]["skip_plan"] == by_argument["skip_plan"]
+
+
+def test_generate_streams_the_same_text(command, checkpoint: Path) -> None:
+    plain = command("generate", "-c", checkpoint, "-n", 5, "--no-stream", "hello")
+    streamed = command("generate", "-c", checkpoint, "-n", 5, "--stream", "hello")
+    assert plain.out.strip() == streamed.out.strip() != ""
+    assert "▮" in plain.err and "▮" not in plain.out
+
+
+def test_sampling_is_seeded(command, checkpoint: Path) -> None:
+    options = ("generate", "-c", checkpoint, "-n", 8, "--temperature", 1.5, "--top-k", 50, "x")
+    texts = [command(*options, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_base_without_routers_keeps_every_layer(command, base: Path) -> None:
+    result = command("plan", "-c", base, "--raw", "a")
+    assert result.out.split()[0] == "▮" * LAYERS
+    assert "no trained routers" in result.err
+
+
+def test_info_reads_a_checkpoint_a_base_and_the_installation(
+    command, checkpoint: Path, base: Path
+) -> None:
+    facts = json.loads(command("info", checkpoint, "--json").out)
+    assert facts["base"]["model"] == str(base) and facts["base"]["layers"] == LAYERS
+    assert facts["routers"]["protected"] == [0, 1, LAYERS - 1]
+    assert facts["routers"]["parameters"] == LAYERS * (64 + 1)
+    assert facts["adapter"] is None and facts["tokenizer"] is True
+    assert json.loads(command("info", base, "--json").out)["layers"] == LAYERS
+    install = json.loads(command("info", "--json").out)
+    assert install["versions"]["torch"] and install["native"]["isa"]
+    assert "thresholds" in command("info", checkpoint).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "no/such/folder"], "no/such/folder does not exist"),
+        (["plan", "-c", "./nothing", "a"], "./nothing does not exist"),
+        (["generate", "-c", "{checkpoint}", "--budget", "1.5", "a"], "1.5"),
+        (
+            ["generate", "-c", "{checkpoint}", "--budget", "0.3", "a"],
+            "no thresholds are calibrated",
+        ),
+        (["generate", "-c", "{checkpoint}", "--skip-plan", "▮▯", "a"], "2 layers"),
+        (["generate", "-c", "{checkpoint}", "--skip-plan", "none.json", "a"], "none.json"),
+        (["generate", "-c", "{checkpoint}", "--file", "none.jsonl"], "none.jsonl"),
+        (["generate", "-c", "{checkpoint}"], "stdin holds no prompt"),
+        (["train", "skip_rat=0.2"], "did you mean 'skip_rate'"),
+        (["train", "--config", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(
+    command, checkpoint: Path, arguments: list[str], message: str
+) -> None:
+    arguments = [argument.format(checkpoint=checkpoint) for argument in arguments]
+    result = command(*arguments)
+    assert result.code == 1 and result.out == ""
+    assert result.err.startswith("firstlm: error: ") and result.err.count("\n") == 1
+    assert message in result.err
+    debugged = command(*arguments, "--debug")
+    assert debugged.code == 1 and "Traceback (most recent call last)" in debugged.err
+
+
+def test_wrong_usage_exits_with_2(command, checkpoint: Path) -> None:
+    for arguments in (
+        ["generate", "--no-such-option"],
+        ["generate", "-c", checkpoint, "--top-k", 5, "a"],
+        ["generate", "-c", checkpoint, "--budget", 0.3, "--skip-plan", "full", "a"],
+        ["plan", "--budget-mode", "best", "a"],
+        ["generate", "a", "--file", "b"],
+        ["train"],
+    ):
+        result = command(*arguments)
+        assert result.code == 2, arguments
+        assert "Traceback" not in result.err
+
+
+def test_interrupt_exits_with_130(
+    command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_input, "load", interrupted)
+    result = command("plan", "-c", checkpoint, "a")
+    assert result.code == 130 and result.err == "firstlm: error: interrupted.\n"
+
+
+def test_malformed_jsonl_names_its_line(command, tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    for second, message in (("{", "line 2 of"), ('{"prompt": ""}', "empty prompt")):
+        file.write_text('{"prompt": "a"}\n' + second)
+        result = command("plan", "-c", checkpoint, "--file", file)
+        assert result.code == 1 and message in result.err
+
+
+def test_train_prints_settings_and_config_without_training(command) -> None:
+    settings = json.loads(command("train", "--settings", "--json").out)
+    assert {"skip_rate", "lora.steps"} <= {setting["name"] for setting in settings}
+    assert "lora.steps = " in command("train", "--settings").out
+    config = json.loads(command("train", "--print-config", "--json", "skip_rate=0.3").out)
+    assert config["skip_rate"] == 0.3
+
+
+def test_plans_in_every_written_form() -> None:
+    plan = SkipPlan((0, 2), 3)
+    assert cli_input.parse_plan("▮▯▮", 3) == cli_input.parse_plan(plan.to_json(), 3) == plan
+    assert cli_input.parse_plan("full", 3) == SkipPlan.full(3)
