@@ -111,10 +111,13 @@ def sentences(paragraph: str) -> list[str]:
 
 
 GERMAN_WORDS = frozenset(
-    "der die das den dem des ein eine einen einem einer eines und oder ist sind für mit von zu zur"
-    " zum auf aus nicht kann wird werden es sie im in als auch durch bei diese dieser".split()
+    "der die das den dem des ein eine einen einem einer eines und oder ist sind"  # noqa: SIM905
+    " für mit von zu zur zum auf aus nicht kann wird werden es sie im in als auch durch"
+    " bei diese dieser".split()
 )
-ENGLISH_WORDS = frozenset("the and is are of for with to this that it which by from or".split())
+ENGLISH_WORDS = frozenset(
+    "the and is are of for with to this that it which by from or".split()  # noqa: SIM905
+)
 
 
 def looks_translated(source: str, target: str) -> bool:
@@ -259,7 +262,7 @@ CARD_TEXTS = {
             " paragraph that passes, or as many of its leading sentences as fit where both"
             f" languages have equally many; English of {ENGLISH_CHARS[0]} to {ENGLISH_CHARS[1]} and"
             f" German of {GERMAN_CHARS[0]} to {GERMAN_CHARS[1]} characters, ratio"
-            f" {LENGTH_RATIO[0]} to {LENGTH_RATIO[1]}; the same numbers and the same last character;"
+            f" {LENGTH_RATIO[0]} to {LENGTH_RATIO[1]}; the same numbers and last character;"
             " German by its function words; no lists; the package filters of debian-synopsis."
         ),
     },
