@@ -221,7 +221,12 @@ class TestSecondTurn:
     def test_replan_with_new_tokens_only_is_refused(self, model):
         conversation, first = self.first_turn(model)
         with pytest.raises(ValueError, match="whole conversation"):
-            model.generate(conversation[:, -6:], past_key_values=first.past_key_values, replan=True)
+            model.generate(
+                conversation["input_ids"][:, -6:],
+                attention_mask=conversation["attention_mask"],
+                past_key_values=first.past_key_values,
+                replan=True,
+            )
         assert first.past_key_values.get_seq_length() > 0
 
 

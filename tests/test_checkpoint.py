@@ -1,0 +1,212 @@
+"""Round trips: routers, adapters, hub, pipelines."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import pipeline
+
+import firstlm
+from firstlm import RouterConfig
+from firstlm.checkpoint import router_state_dict
+from tiny_models import base_model, draw_routers, pad, prompts, routed_model, tiny_base_path
+from tiny_tokenizer import tiny_tokenizer
+
+LENGTHS = [13, 5, 9, 11]
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(
+        target_modules="all-linear", r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options
+    )
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**pad(prompts(LENGTHS), "right")).logits
+
+
+def test_routers_round_trip_and_the_base_is_not_written(tmp_path):
+    config = RouterConfig(pooling="windowed_mean", windows=2, head="mlp", bottleneck=7)
+    model = routed_model("llama", router=config)
+    model.set_thresholds([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    model.save_pretrained(tmp_path / "routed")
+    files = {p.name for p in (tmp_path / "routed").iterdir()}
+    assert files == {"router_config.json", "router.safetensors"}
+    again = firstlm.from_pretrained(tmp_path / "routed", dtype=torch.float64)
+    assert again.router_config == model.router_config
+    for name, tensor in router_state_dict(model).items():
+        assert torch.equal(router_state_dict(again)[name], tensor)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_adapter_round_trips_with_its_routers(tmp_path):
+    model = routed_model("llama")
+    without = logits(model)
+    model.add_adapter(lora())
+    draw_routers(model)
+    model.save_pretrained(tmp_path)
+    with_adapter = logits(model)
+    assert not torch.equal(with_adapter, without)
+    again = firstlm.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(again), with_adapter)
+    merged = firstlm.from_pretrained(tmp_path, dtype=torch.float64, merge_adapter=True)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged), with_adapter, rtol=1e-6, atol=1e-8)
+    plain = firstlm.from_pretrained(tmp_path, dtype=torch.float64, adapter=False)
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+
+
+def test_saving_without_the_adapter_removes_a_stale_one(tmp_path):
+    model = routed_model("llama")
+    model.add_adapter(lora())
+    model.save_pretrained(tmp_path)
+    routed_model("llama").save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_pefts_own_calls_attach_merge_and_remove_adapters(tmp_path):
+    model = routed_model("llama")
+    before = logits(model)
+    wrapped = get_peft_model(model, lora())
+    trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    adapted = logits(wrapped)
+    tokens = wrapped.generate(**pad(prompts(LENGTHS)), max_new_tokens=4)
+    assert tokens.shape[1] == max(LENGTHS) + 4
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(logits(wrapped), before)
+    wrapped.save_pretrained(tmp_path / "peft")
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(logits(merged), adapted, rtol=1e-6, atol=1e-8)
+    fresh = PeftModel.from_pretrained(routed_model("llama"), tmp_path / "peft")
+    torch.testing.assert_close(logits(fresh), adapted)
+    torch.testing.assert_close(logits(fresh.unload()), before)
+
+
+def test_routers_of_another_base_are_refused(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="were made for"):
+        firstlm.from_pretrained(tiny_base_path("qwen3"), router=tmp_path)
+
+
+def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        firstlm.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a firstlm checkpoint"):
+        firstlm.from_pretrained(tiny_base_path("llama"), router=tmp_path)
+    routed_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "router.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no router\.safetensors"):
+        firstlm.from_pretrained(tmp_path)
+
+
+def test_routers_stay_float32_beside_a_bfloat16_base():
+    model = firstlm.from_pretrained(tiny_base_path("llama"), dtype="bfloat16")
+    assert {p.dtype for p in model.router_parameters()} == {torch.float32}
+    assert model.plan(**pad(prompts(LENGTHS))).keep_prob.dtype == torch.float32
+
+
+def test_device_map_places_routers_with_their_layers():
+    model = firstlm.from_pretrained(tiny_base_path("llama"), device_map="cpu")
+    assert model.generate(**pad(prompts(LENGTHS)), max_new_tokens=3).shape[1] == 16
+
+
+def test_a_text_generation_pipeline_runs_the_chat_template():
+    model = routed_model("llama", torch.float32)
+    tokenizer = tiny_tokenizer()
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    chat = [{"role": "user", "content": "say a b c"}]
+    out = pipe(chat, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    expected = tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert out[0]["generated_text"][-1] == {"role": "assistant", "content": expected}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as an upload of small files needs."""
+
+    files: dict[str, bytes]
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/preupload/main"):
+            wanted = json.loads(body)["files"]
+            answer = {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in wanted
+                ]
+            }
+        elif "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    value = entry["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            url = f"http://{self.headers['Host']}/me/tiny"
+            answer = {"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40}
+        else:  # repository creation and validation
+            answer = {"url": f"http://{self.headers['Host']}/me/tiny", "name": "me/tiny"}
+        self.reply(answer)
+
+    def do_GET(self):
+        self.reply({"id": "me/tiny", "name": "me", "siblings": [], "sha": "0" * 40})
+
+    def reply(self, answer):
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_push_to_hub_uploads_routers_and_adapter_only(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    Hub.files = {}
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    api = huggingface_hub.HfApi(endpoint=endpoint)
+    for module in (huggingface_hub.hf_api, __import__("transformers.utils.hub").utils.hub):
+        for name in ("create_repo", "create_commit", "create_branch", "api"):
+            if hasattr(module, name):
+                target = api if name == "api" else getattr(api, name)
+                monkeypatch.setattr(module, name, target)
+    model = routed_model("llama")
+    model.add_adapter(lora())
+    try:
+        model.push_to_hub("me/tiny", token="hf_test")
+    finally:
+        server.shutdown()
+    assert {"router_config.json", "router.safetensors"} < set(Hub.files)
+    assert "adapter/adapter_model.safetensors" in Hub.files
+    assert not any(name.split("/")[-1] == "model.safetensors" for name in Hub.files)
+    for name, content in Hub.files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    again = firstlm.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_the_base_weights_are_those_of_transformers():
+    routed, base = routed_model("llama"), base_model("llama")
+    own = {n: t for n, t in routed.state_dict().items() if ".router." not in n}
+    assert own.keys() == base.state_dict().keys()
+    assert all(torch.equal(t, own[n]) for n, t in base.state_dict().items())
