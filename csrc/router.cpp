@@ -25,16 +25,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Sums of one block stay in L1 beside the rows that stream through it.
 constexpr int64_t kMaxBlock = 1024;
 
-// A row is split in blocks of columns, so that one long prompt feeds all threads; two blocks a
-// thread even out prompts of different lengths. Blocks never split tokens: sums do not depend on
-// the number of threads.
+// A row is split in blocks of columns where there are fewer rows than threads, and no further: the
+// wider a block, the longer the pieces of memory that are read in order. Blocks never split tokens:
+// sums do not depend on the number of threads.
 struct ColumnBlocks {
   int64_t D, width, count;
 
   ColumnBlocks(int64_t B, int64_t D, int threads) : D(D) {
     constexpr int64_t kMultiple = 32;
-    const int64_t blocks_per_row =
-        threads == 1 ? 1 : ceil_div(2 * threads, std::max<int64_t>(B, 1));
+    const int64_t blocks_per_row = ceil_div(threads, std::max<int64_t>(B, 1));
     width = std::min(ceil_div(D, blocks_per_row), kMaxBlock);
     width = std::max<int64_t>(ceil_div(width, kMultiple), 1) * kMultiple;
     count = ceil_div(D, width);
