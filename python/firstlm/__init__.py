@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from firstlm.router import Router, RouterConfig
     from firstlm.skip_cache import SkipCache
     from firstlm.skip_plan import SkipPlan
+    from firstlm.train_config import TrainConfig
+    from firstlm.trainer import Trainer
+    from firstlm.training import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -21,6 +24,10 @@ _PUBLIC = {
     "SkipPlan": "skip_plan",
     "SkipCache": "skip_cache",
     "from_pretrained": "loading",
+    "TrainConfig": "train_config",
+    "TrainResult": "training",
+    "Trainer": "trainer",
+    "train": "training",
 }
 
 __all__ = [
@@ -28,7 +35,11 @@ __all__ = [
     "RouterConfig",
     "SkipCache",
     "SkipPlan",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
     "from_pretrained",
+    "train",
 ]
 
 

@@ -43,7 +43,7 @@ def attach_adapter(model: Any, settings: LoraPhaseConfig, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        # Routers are plain parameters, which PEFT cannot match anyway: excluding them finds nothing.
+        # Routers are plain parameters, which PEFT cannot match anyway: nothing is excluded.
         warnings.filterwarnings("ignore", message=_NO_MATCH)
         model.add_adapter(config)
 

@@ -89,7 +89,7 @@ def skip_rate_of(mask: torch.Tensor) -> float:
 
 @dataclass
 class _Trial:
-    """One routed prefill of all prompts: thresholds tried, what the routers said, what was skipped."""
+    """One routed prefill of all prompts: thresholds tried, scores, what was skipped."""
 
     shift: float
     thresholds: list[float]  # [L]
@@ -135,7 +135,7 @@ class _Search:
         return split_value(excess, asked * len(self.base) / len(self.free))
 
     def bracket(self, asked: float) -> tuple[_Trial | None, _Trial | None]:
-        """The trials next to `asked`: the highest shift that skips less, the lowest that skips more."""
+        """Trials next to `asked`: the highest shift that skips less, the lowest that skips more."""
         under = [t for t in self.trials if t.rate < asked]
         over = [t for t in self.trials if t.rate >= asked]
         low = max(under, key=lambda t: t.shift, default=None)

@@ -23,7 +23,7 @@ Progress = Callable[[int], None]
 
 
 def layers_to_drop(skip_rate: float, num_layers: int, protected: Sequence[int]) -> int:
-    """How many layers a static plan of this rate drops. Raises ValueError if too many are protected."""
+    """How many layers a static plan drops. Raises ValueError if too many are protected."""
     count = round(skip_rate * num_layers)
     if count > num_layers - len(protected):
         raise ValueError(

@@ -60,7 +60,7 @@ class HealthReport:
         skip_rate_asked, skip_rate: asked, and achieved on these prompts.
         distinct_plans: of `prompts`.
         adaptive_layers: layers kept for 5-95 % of the prompts.
-        length_correlation: Pearson, kept layers against prompt tokens; None where either is constant.
+        length_correlation: Pearson, kept layers against prompt tokens; None if one is constant.
         cross_entropy: with hard gates, as generation runs.
         cross_entropy_soft: with the gates' expected values; soft_hard_gap is hard minus soft.
         cross_entropy_full: no layer skipped.
@@ -166,7 +166,7 @@ def router_health(
 
     Args:
         model: from firstlm.from_pretrained, trained.
-        examples: N rows with input_ids, labels, prompt_mask; an attribute `tasks` names their tasks.
+        examples: N rows with input_ids, labels, prompt_mask; their tasks in an attribute `tasks`.
         collator: rows -> padded tensors.
         skip_rate_asked: what training aimed at.
         initial: the routers' state (checkpoint.router_state_dict) before training.

@@ -13,7 +13,7 @@ import torch
 
 
 class RandomLayerDrop:
-    """Draws keep masks that depend on (seed, step, index of the sequence in the step) and nothing else.
+    """Draws keep masks that depend on seed, step and index of the sequence in the step alone.
 
     So the same sequences drop the same layers under any batch layout, and after a resume.
 
@@ -76,7 +76,7 @@ class FixedPlan:
 
 
 def drop_weights(importance: Sequence[float], temperature: float) -> list[float]:
-    """Weights for RandomLayerDrop: exp(-CE increase / temperature), scaled so that none underflows."""
+    """Weights for RandomLayerDrop: exp(-CE increase / temperature), scaled against underflow."""
     scaled = [-value / temperature for value in importance]
     top = max(scaled)
     return [math.exp(max(value - top, -40.0)) for value in scaled]

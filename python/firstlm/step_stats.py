@@ -1,4 +1,4 @@
-"""What one optimizer step saw, over its micro-batches and processes, and what a log line says of it."""
+"""What one optimizer step saw, over its micro-batches and processes, for the log."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StepStats:
         keep_prob: torch.Tensor,
         keep_mask: torch.Tensor,
     ) -> None:
-        """Takes a micro-batch: loss terms (already shares of the step's), keep_prob, keep_mask [B, L]."""
+        """Takes a micro-batch: its shares of the loss terms, keep_prob and keep_mask [B, L]."""
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value.detach().double()
         self._keep_prob.append(keep_prob.detach())

@@ -17,7 +17,7 @@ _HELD_OUT_SHARE = 20  # a file without splits gives one example in so many to ea
 
 @dataclass
 class TrainData:
-    """Encoded rows (input_ids, labels, prompt_mask) of every set, and the collator of their batches.
+    """Encoded rows (input_ids, labels, prompt_mask) of every set, and the collator of batches.
 
     Attributes:
         too_long: examples left out because of max_length, by set.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from firstlm.adapter import has_adapter, load_adapter_weights
 from firstlm.atomic import publish_folder, write_json
@@ -110,6 +110,7 @@ class Trainer(transformers.Trainer):
         # DataParallel would split one batch over threads; several GPUs are used through torchrun.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model=model, args=args, **kwargs)
+        self.remove_callback(PrinterCallback)
         # compute_loss normalises over the whole step, so training_step must not divide again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -221,7 +222,7 @@ class Trainer(transformers.Trainer):
 
     @torch.no_grad()
     def _teacher_logits(self, forward: dict[str, Any]) -> torch.Tensor | None:
-        """Logits [B, P, V] of the same weights with every layer kept, or None without distillation."""
+        """Logits [B, P, V] of the same weights, every layer kept; None without distillation."""
         if not self.phase.distill.weight:
             return None
         everything = torch.ones(

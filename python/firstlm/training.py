@@ -1,8 +1,8 @@
 """train(): warm-up -> routers (phase 1) -> LoRA (phase 2), resumable, each phase alone possible.
 
-    result = firstlm.train("configs/quickstart.yaml", overrides=["lora.steps=100"])
-    result = firstlm.train(base="embedded", output_dir="runs/mine", phases=["routers"])
-    model = firstlm.from_pretrained(result.checkpoint)
+result = firstlm.train("configs/quickstart.yaml", overrides=["lora.steps=100"])
+result = firstlm.train(base="embedded", output_dir="runs/mine", phases=["routers"])
+model = firstlm.from_pretrained(result.checkpoint)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from firstlm import loading
 from firstlm.adapter import attach_adapter, has_adapter, load_adapter_weights
@@ -57,6 +57,7 @@ from firstlm.phases import (
 from firstlm.router import RouterConfig
 from firstlm.run_folder import RunFolder
 from firstlm.scoring import score
+from firstlm.tokenizer import load_tokenizer
 from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
 from firstlm.train_data import TrainData, load_train_data
 from firstlm.train_progress import ProgressAndLog, bar
@@ -117,7 +118,7 @@ class TrainResult:
 
 @dataclass
 class _Job:
-    """A phase of this run: its name, its settings, and for a control the plan that it trains under."""
+    """A phase of this run; `fixed`: a control, which trains under one plan."""
 
     name: str
     settings: PhaseConfig
@@ -139,7 +140,7 @@ def train(
     Args:
         config: a TrainConfig, a YAML file, or nested dicts.
         overrides: "dotted.name=value" strings.
-        train_dataset, validation_dataset, test_dataset: a datasets.Dataset, a path, or encoded rows,
+        train_dataset, validation_dataset, test_dataset: datasets.Dataset, path or encoded rows,
             in place of config.data's.
         **settings: settings by name, sections as dicts: lora={"steps": 100}.
 
@@ -222,7 +223,7 @@ class _Run:
             not isinstance(v, (str, os.PathLike)) for v in self.given.values()
         )
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.model.config._name_or_path)
+            self.tokenizer = load_tokenizer(self.config.checkpoint or self.config.base)
         except (OSError, ValueError, TypeError):
             if not tokens_given:
                 raise
@@ -379,7 +380,7 @@ class _Run:
             eval_every=self.config.eval_every,
             evaluate=lambda: self._evaluate(phase),
         )
-        return Trainer(
+        trainer = Trainer(
             self.model,
             phase,
             training_arguments(self.config, job.settings, job.steps, self._phase_dir(job), seed),
@@ -389,6 +390,8 @@ class _Run:
             data_collator=self.data.collator,
             callbacks=[hooks],
         )
+        trainer.remove_callback(PrinterCallback)  # the log's lines, between those of our bar
+        return trainer
 
     def _phase_dir(self, job: _Job) -> str:
         return str(self.folder.phase(job.name))
@@ -429,7 +432,9 @@ class _Run:
             rate = 1.0 - mask.double().mean().item()
         else:
             asked = 0.0  # a warm-up leaves a model that skips nothing
-        measured = self._evaluate(phase if not job.fixed else dataclasses.replace(phase, plans=None))
+        measured = self._evaluate(
+            phase if not job.fixed else dataclasses.replace(phase, plans=None)
+        )
         self.folder.log({"phase": job.name, "step": job.steps, "end": True, **measured})
         final = self.folder.final(job.name)
         result = PhaseResult(
@@ -530,7 +535,7 @@ def training_arguments(
         optim="adamw_torch",
         bf16=config.precision == "bf16",
         use_cpu=config.device == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing or None,  # False warns of its name
         seed=seed,
         data_seed=seed,
         logging_steps=config.log_every,
@@ -565,7 +570,9 @@ def _jobs(config: TrainConfig, examples: int, batch: int) -> list[_Job]:
     warm = [_Job("warmup", config.warmup, steps["warmup"])] if "warmup" in names else []
     rest = sum(steps.values()) - sum(job.steps for job in warm)
     if not rest:
-        raise ValueError(f"control={config.control} trains LoRA: phases={config.phases} leaves none")
+        raise ValueError(
+            f"control={config.control} trains LoRA: phases={config.phases} leaves none"
+        )
     return [*warm, _Job("lora", config.lora, rest, fixed=True)]
 
 
