@@ -217,6 +217,33 @@ def test_train_prints_settings_and_config_without_training(command) -> None:
     assert config["skip_rate"] == 0.3
 
 
+def test_train_generate_and_info_on_its_checkpoint(command, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"count {i}", "answer": f"{i} {i + 1}"}) + "\n" for i in range(80)
+        )
+    )
+    (tmp_path / "run.yaml").write_text(
+        f"base: {base}\noutput_dir: {tmp_path / 'run'}\nskip_rate: 0.25\nprogress: false\n"
+        f"data: {{train: {tmp_path / 'train.jsonl'}, max_length: 128}}\n"
+        "warmup: {steps: 1}\nrouters: {steps: 2}\nlora: {steps: 2}\nimportance_examples: 2\n"
+    )
+    first = command("train", "--config", tmp_path / "run.yaml", "batch_size=2")
+    assert first.code == 0, first.err
+    checkpoint = first.out.splitlines()[-1].removeprefix("checkpoint: ")
+    again = json.loads(
+        command("train", "--config", tmp_path / "run.yaml", "batch_size=2", "--json").out
+    )
+    assert again["checkpoint"] == checkpoint
+    assert [phase["name"] for phase in again["phases"]] == ["warmup", "routers", "lora"]
+    other = command("train", "--config", tmp_path / "run.yaml", "batch_size=2", "lora.lr=1e-4")
+    assert other.code == 1 and "lora.lr" in other.err and other.err.count("\n") == 1
+    facts = json.loads(command("info", checkpoint, "--json").out)
+    assert facts["adapter"]["rank"] == 16 and 0.25 in facts["routers"]["calibrated_skip_rates"]
+    answer = command("generate", "-c", checkpoint, "--budget", 0.25, "-n", 2, "--json", "count 3")
+    assert json.loads(answer.out)["tokens"] >= 1
+
+
 def test_plans_in_every_written_form() -> None:
     plan = SkipPlan((0, 2), 3)
     assert cli_input.parse_plan("▮▯▮", 3) == cli_input.parse_plan(plan.to_json(), 3) == plan

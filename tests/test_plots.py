@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from firstlm import plots
 from firstlm.skip_plan import SkipPlan
-from PIL import Image
 
 
 def some_plans(prompts: int = 24, layers: int = 7) -> list[SkipPlan]:
@@ -35,11 +36,11 @@ def test_prompts_with_the_same_plan_stand_side_by_side_and_groups_stay_together(
 
 def test_overview_draws_the_plans_it_was_given(tmp_path: Path) -> None:
     log = [
-        {"step": 1, "phase": "warmup", "loss": 3.0, "cross_entropy": 3.0},
-        {"step": 2, "phase": "routers", "loss": 3.5, "cross_entropy": 3.2, "skip_rate": 0.1,
-         "target_skip_rate": 0.25},
-        {"step": 3, "phase": "lora", "loss": 2.5, "cross_entropy": 2.5, "skip_rate": 0.24,
-         "target_skip_rate": 0.25},
+        {"total_step": 1, "phase": "warmup", "loss": 3.0, "cross_entropy": 3.0},
+        {"total_step": 2, "phase": "routers", "loss": 3.5, "cross_entropy": 3.2, "skip_rate": 0.1,
+         "skip_rate_asked": 0.25},
+        {"total_step": 3, "phase": "lora", "loss": 2.5, "cross_entropy": 2.5, "skip_rate": 0.24,
+         "skip_rate_asked": 0.25},
     ]  # fmt: skip
     path = plots.overview(tmp_path / "new" / "overview.png", some_plans(), log, title="A title")
     picture = Image.open(path)

@@ -158,10 +158,7 @@ def train(
     import firstlm.training
 
     result = firstlm.training.train(chosen)
-    if as_json:
-        typer.echo(json.dumps(_plain(result), indent=2))
-    else:
-        typer.echo(str(result))
+    typer.echo(json.dumps(result.to_json(), indent=2) if as_json else _training_report(result))
 
 
 @app.command()
@@ -319,19 +316,26 @@ def _print_settings(as_json: bool) -> None:
         typer.echo(f"{f.name} = {json.dumps(f.default)}\n    {f.help}")
 
 
-def _plain(value: Any) -> Any:
-    """A result as JSON types."""
-    import dataclasses
-
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+def _training_report(result: Any) -> str:
+    """The phases of a finished run and what its health report says, for a reader."""
+    lines = [
+        f"{phase.name:<8} {phase.steps:5d} steps  validation CE {phase.cross_entropy:.3f}"
+        f"  skip rate {phase.skip_rate:.1%} (asked: {phase.skip_rate_asked:.1%})"
+        for phase in result.phases
+    ]
+    for name, count in result.too_long.items():
+        if count:
+            lines.append(f"{count} {name} examples were longer than data.max_length and left out")
+    health = result.health
+    lines += [
+        f"held-out prompts: skip rate {health.skip_rate:.1%}, {health.distinct_plans} plans over "
+        f"{health.prompts} prompts, cross-entropy {health.cross_entropy:.3f} "
+        f"({health.cross_entropy_full:.3f} when no layer is skipped)",
+        *(f"warning: {warning}" for warning in health.warnings()),
+        f"report: {result.output_dir / 'health.md'}",
+        f"checkpoint: {result.checkpoint}",
+    ]
+    return "\n".join(lines)
 
 
 def _print_error(text: str) -> None:

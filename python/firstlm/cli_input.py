@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,8 @@ def load(checkpoint: str, dtype: str | None):
     from firstlm.loading import from_pretrained
     from firstlm.tokenizer import load_tokenizer
 
+    # PEFT asks transformers under a name that transformers has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     model = from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
     if not is_checkpoint(checkpoint):
         note(f"{checkpoint} has no trained routers: every layer is kept; see `firstlm train`")

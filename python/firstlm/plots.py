@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from firstlm.skip_plan import SkipPlan
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def overview(
     Args:
         path: the PNG to write; whole or absent.
         plans: one plan a prompt, all of one model.
-        training_log: rows with `step`, `phase` and any of `loss`, `cross_entropy`, `skip_rate`,
-            `target_skip_rate`; in order, steps counted over all phases. Empty: no curves.
+        training_log: rows of a run's train_log.jsonl: `total_step`, `phase` and any of `loss`,
+            `cross_entropy`, `skip_rate`, `skip_rate_asked`. Empty: no curves.
         title: the picture's headline.
         groups: a label for each prompt, say its task; prompts of a group are drawn together.
 
@@ -150,6 +151,7 @@ def draw_plans(axis: Axes, mask: np.ndarray, groups: Sequence[str] | None = None
     """Heatmap of layers (rows, the first at the bottom) x prompts (columns), kept or skipped."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     order = prompt_order(mask, groups)
     prompts, layers = mask.shape
@@ -163,6 +165,8 @@ def draw_plans(axis: Axes, mask: np.ndarray, groups: Sequence[str] | None = None
         edgecolors="white",
         linewidth=0.4 if prompts <= 150 else 0,
     )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     distinct = len(np.unique(mask, axis=0))
     axis.set(
         xlabel="held-out prompts, like plans side by side",
@@ -180,11 +184,14 @@ def draw_plans(axis: Axes, mask: np.ndarray, groups: Sequence[str] | None = None
             if where[0] > 0:
                 axis.axvline(where[0] - 0.5, color=ACCENT, linewidth=1.5)
         axis.set_title(axis.get_title(loc="left"), pad=18)
+    handles = [
+        Patch(facecolor=KEPT, label="kept"),
+        Patch(facecolor=SKIPPED, edgecolor=MUTED, linewidth=0.5, label="skipped"),
+    ]
+    above = 1 if groups is None else 1.05
     axis.legend(
-        handles=[Patch(facecolor=KEPT, label="kept"),
-                 Patch(facecolor=SKIPPED, edgecolor=MUTED, linewidth=0.5, label="skipped")],
-        loc="lower right", bbox_to_anchor=(1, 1 if groups is None else 1.05), ncols=2, borderaxespad=0.2,
-    )  # fmt: skip
+        handles=handles, loc="lower right", bbox_to_anchor=(1, above), ncols=2, borderaxespad=0.2
+    )
 
 
 def draw_keep_share(axis: Axes, mask: np.ndarray) -> None:
@@ -209,7 +216,7 @@ def draw_training(axes: Sequence[Axes], log: Sequence[Mapping[str, Any]]) -> Non
         for x, y in _segments(log, key):
             axis.plot(x, y, color=color, alpha=0.35, linewidth=0.9)
             axis.plot(x, _smoothed(y), color=color, linewidth=1.8)
-    for x, y in _segments(log, "target_skip_rate"):
+    for x, y in _segments(log, "skip_rate_asked"):
         skip_rate.plot(x, y, color="#333333", linewidth=1.1, linestyle="--", label="asked")
     skip_rate.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     if skip_rate.get_legend_handles_labels()[0]:
@@ -226,7 +233,7 @@ def _shade_phases(axis: Axes, log: Sequence[Mapping[str, Any]]) -> None:
     low, high = axis.get_ylim()
     phases: dict[str, list[float]] = {}
     for row in log:
-        phases.setdefault(str(row["phase"]), []).append(float(row["step"]))
+        phases.setdefault(str(row["phase"]), []).append(float(row["total_step"]))
     for index, (phase, steps) in enumerate(phases.items()):
         end = max(steps) + 0.5
         axis.axvspan(min(steps) - 0.5, end, color=PHASE_SHADES.get(phase, "#f4f4f4"), zorder=0)
@@ -245,7 +252,7 @@ def _segments(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[flo
     for row in log:
         if row.get(key) is not None:
             x, y = pieces.setdefault(str(row["phase"]), ([], []))
-            x.append(float(row["step"]))
+            x.append(float(row["total_step"]))
             y.append(float(row[key]))
     return list(pieces.values())
 
