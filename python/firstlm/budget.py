@@ -19,6 +19,7 @@ import torch
 
 from firstlm.rate_control import keep_logits, split_value, to_thresholds
 
+_STRIDE = 1.37  # of logits, while one end is open; odd, so as not to land on a tie
 DEFAULT_RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
@@ -41,7 +42,7 @@ def keep_probabilities(
         batch_size: prompts of like length are run together.
 
     Returns:
-        [N, L] f32 on the CPU, in the order of `prompts`.
+        [N, L] f32 (f64 of a f64 model) on the CPU, in the order of `prompts`.
     """
     if not prompts:
         raise ValueError("prompts is empty: at least one prompt is needed")
@@ -55,7 +56,7 @@ def keep_probabilities(
             input_ids, attention_mask = _left_padded([prompts[i] for i in chosen], model.device)
             keep_prob = model.plan(input_ids=input_ids, attention_mask=attention_mask).keep_prob
             for row, i in enumerate(chosen):
-                found[i] = keep_prob[row].float().cpu()
+                found[i] = keep_prob[row].cpu()
     finally:
         model.train(was_training)
     return torch.stack([p for p in found if p is not None])
@@ -255,7 +256,7 @@ def _shifts_to_try(
             else:
                 end = low or high
                 assert end is not None
-                shift = end.shift + (1.0 if low is not None else -1.0)
+                shift = end.shift + (_STRIDE if low is not None else -_STRIDE)
         if low is not None and high is not None and high.shift - low.shift < 1e-6:
             return
         yield shift

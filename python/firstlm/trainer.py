@@ -115,7 +115,8 @@ class Trainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._order = self._make_order()
-        self.add_callback(_StepHooks(self))
+        # First, so that other callbacks find gradients filled and figures of the step closed.
+        self.callback_handler.callbacks.insert(0, _StepHooks(self))
 
     # ---- data: the order and the counts of an optimizer step ----
 
