@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import prompts, routed_model
 
 from firstlm import RouterConfig
 from firstlm.budget import (
@@ -21,6 +20,7 @@ from firstlm.rate_control import (
     keep_logits,
     split_value,
 )
+from tiny_models import prompts, routed_model
 
 LAYERS = 6
 

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from tiny_models import routed_model
-from tiny_training import COLLATOR, examples
 
 from firstlm.losses import (
     answer_cross_entropy,
@@ -16,6 +14,8 @@ from firstlm.losses import (
     router_norm,
     skip_penalty,
 )
+from tiny_models import routed_model
+from tiny_training import COLLATOR, examples
 
 LABELS = torch.tensor(
     [

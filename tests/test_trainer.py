@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import COLLATOR, Rows, examples, learnt_state, make_trainer, model_with_adapter
 from transformers import TrainerCallback
 
 from firstlm import SkipPlan
@@ -20,6 +19,7 @@ from firstlm.phases import Phase
 from firstlm.rate_control import Multiplier, Ramp, ThresholdFollower
 from firstlm.train_config import DistillConfig
 from firstlm.trainer import NonFiniteLoss, ShuffledSteps, latest_checkpoint
+from tiny_training import COLLATOR, Rows, examples, learnt_state, make_trainer, model_with_adapter
 
 LAYERS = 6
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny_models import VOCAB_SIZE, routed_model
 from transformers import TrainingArguments
 
 from firstlm import RouterConfig, Trainer
@@ -15,6 +14,7 @@ from firstlm.adapter import attach_adapter
 from firstlm.data import PromptAnswerCollator
 from firstlm.phases import Phase
 from firstlm.train_config import LoraPhaseConfig
+from tiny_models import VOCAB_SIZE, routed_model
 
 COLLATOR = PromptAnswerCollator(SimpleNamespace(pad_token_id=0, eos_token_id=2))
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from test_trainer import Gradients, lora_phase, router_phase
 from tiny_training import make_trainer, model_with_adapter
 
