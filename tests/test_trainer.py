@@ -265,6 +265,17 @@ def test_the_data_order_covers_every_example_once_per_pass():
     assert order == list(ShuffledSteps(7, 20, seed=3)) != list(ShuffledSteps(7, 20, seed=4))
 
 
+def test_examples_of_like_length_share_a_step_whatever_the_batch_layout():
+    lengths = torch.randint(5, 100, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = list(ShuffledSteps(64, 128, 1, lengths, per_step=8))
+    assert sorted(order) == sorted(2 * list(range(64)))
+    steps = [order[i : i + 8] for i in range(0, 128, 8)]
+    spread = [max(lengths[i] for i in s) - min(lengths[i] for i in s) for s in steps]
+    assert sum(spread) / len(spread) < 20
+    means = [sum(lengths[i] for i in s) for s in steps]
+    assert means != sorted(means)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_batch_and_examples(tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):

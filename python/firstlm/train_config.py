@@ -64,12 +64,15 @@ class RouterSettings:
     protected: list[int] = setting(
         [0, 1, -1], "layers that are never skipped; negative from the end"
     )
-    keep_bias: float | Literal["importance"] = setting(
+    keep_bias: float | Literal["importance", "plans"] = setting(
         "importance",
-        "initial logit of keeping, or `importance`: from each layer's measured CE loss",
+        "initial logit of keeping; `importance`: from each layer's measured CE loss; `plans`: the "
+        "best plan of each task is searched, and routers start as classifiers of these plans",
     )
     keep_bias_spread: float = setting(
-        2.0, "importance: logits span +-spread around the one that gives skip_rate"
+        2.0,
+        "importance: logits span +-spread around the one that gives skip_rate; plans: they aim at "
+        "+-spread",
     )
 
 
@@ -193,6 +196,9 @@ class TrainConfig:
     )
     batch_size: int = setting(8, "sequences per process and forward pass")
     accumulation: int = setting(1, "forward passes per optimizer step")
+    group_by_length: bool = setting(
+        False, "examples of like length share an optimizer step: less padding"
+    )
     sequence_average: float = setting(
         0.0, "share of the CE that averages over sequences first; the rest over all answer tokens"
     )
@@ -200,12 +206,19 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "the base's weights in memory"
     )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = setting(
+        None, "transformers' attention; short sequences in bf16 on a CPU train faster with eager"
+    )
     device: str | None = setting(None, "cpu, cuda, ...; default: what there is")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never")
     importance_examples: int = setting(
         32, "validation examples that layer importance is measured on"
     )
+    plan_search_examples: int = setting(
+        64, "plans: training examples of each task that whole plans are measured on"
+    )
+    plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "rates that generate(budget=...) finds in the checkpoint"
     )

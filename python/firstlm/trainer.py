@@ -37,6 +37,7 @@ from firstlm.phases import Phase, protected_layers
 from firstlm.step_stats import StepStats
 
 STATE_FILE = "firstlm_state.json"
+_STEPS_SORTED_TOGETHER = 16  # few enough that a step's lengths stay a fair sample over time
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -53,21 +54,46 @@ class ShuffledSteps(Sampler[int]):
         num_examples: size of the data set.
         length: indices to yield, sequences per step x steps.
         seed: any whole number.
+        lengths: of the examples, in tokens; given, examples of like length share a step.
+        per_step: sequences per optimizer step, over all processes; needed with lengths.
     """
 
-    def __init__(self, num_examples: int, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_examples: int,
+        length: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+        per_step: int = 1,
+    ) -> None:
         self.length = length
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
         while len(order) < length:
             order += torch.randperm(num_examples, generator=generator).tolist()
         self.order = order[:length]
+        if lengths is not None:
+            chunk = _STEPS_SORTED_TOGETHER * per_step
+            parts = [self.order[i : i + chunk] for i in range(0, length, chunk)]
+            self.order = [
+                i for part in parts for i in _by_length(part, lengths, per_step, generator)
+            ]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)
 
     def __len__(self) -> int:
         return self.length
+
+
+def _by_length(
+    part: list[int], lengths: Sequence[int], per_step: int, generator: torch.Generator
+) -> list[int]:
+    """`part` sorted by length, cut into steps, the steps in random order."""
+    ordered = sorted(part, key=lambda i: lengths[i])
+    steps = [ordered[i : i + per_step] for i in range(0, len(ordered), per_step)]
+    shuffled = torch.randperm(len(steps), generator=generator).tolist()
+    return [index for s in shuffled for index in steps[s]]
 
 
 class Trainer(transformers.Trainer):
@@ -78,7 +104,7 @@ class Trainer(transformers.Trainer):
         phase: see firstlm.phases; its controllers move while training.
         args: transformers' TrainingArguments; max_steps must be set. training_arguments() in
             firstlm.training makes them from a TrainConfig.
-        sequence_average: see TrainConfig.
+        sequence_average, group_by_length: see TrainConfig.
         guard: asks for a stop after the current step; train() installs signal handlers on it.
         **kwargs: transformers.Trainer's: train_dataset (rows with input_ids, labels, prompt_mask),
             data_collator, callbacks...
@@ -94,6 +120,7 @@ class Trainer(transformers.Trainer):
         args: TrainingArguments,
         *,
         sequence_average: float = 0.0,
+        group_by_length: bool = False,
         guard: InterruptGuard | None = None,
         **kwargs: Any,
     ) -> None:
@@ -101,6 +128,7 @@ class Trainer(transformers.Trainer):
             raise ValueError("set max_steps: firstlm.Trainer counts in optimizer steps")
         self.phase = phase
         self.sequence_average = sequence_average
+        self.group_by_length = group_by_length
         self.guard = guard if guard is not None else InterruptGuard()
         self.protected = protected_layers(model)
         self.stats = StepStats()
@@ -126,7 +154,11 @@ class Trainer(transformers.Trainer):
         batch = self.args.train_batch_size * self.args.world_size
         per_step = batch * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ShuffledSteps(len(self.train_dataset), per_step * self.args.max_steps, seed)
+        count = len(self.train_dataset)
+        lengths = None
+        if self.group_by_length:
+            lengths = [len(self.train_dataset[i]["input_ids"]) for i in range(count)]
+        return ShuffledSteps(count, per_step * self.args.max_steps, seed, lengths, per_step)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return self._order

@@ -19,48 +19,27 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, TrainingArguments
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from firstlm import loading
-from firstlm.adapter import attach_adapter, has_adapter, load_adapter_weights
+from firstlm.adapter import load_adapter_weights
 from firstlm.atomic import staged_folder, write_json, write_text
-from firstlm.budget import calibrate_thresholds, keep_mask, keep_probabilities, rate_key
-from firstlm.checkpoint import (
-    ADAPTER_FOLDER,
-    load_routers,
-    read_router_config,
-    router_state_dict,
-)
-from firstlm.controls import (
-    greedy_plan,
-    importance_bias,
-    importance_plan,
-    keep_share_of_run,
-    measure_importance,
-    most_kept_plan,
-    set_keep_bias,
-    write_plan_into_routers,
-)
+from firstlm.budget import keep_mask, keep_probabilities
+from firstlm.checkpoint import ADAPTER_FOLDER, load_routers, read_router_config
+from firstlm.controls import write_plan_into_routers
 from firstlm.data import PromptAnswerCollator
 from firstlm.health import HealthReport, router_health
 from firstlm.interrupt import InterruptGuard, TrainingInterrupted
-from firstlm.phases import (
-    Phase,
-    fixed_plan_phase,
-    lora_phase,
-    protected_layers,
-    router_phase,
-    steps_of,
-    warmup_phase,
-)
+from firstlm.phase_start import Job, PhaseStarts, make_jobs, phase_names
+from firstlm.phases import Phase, protected_layers
 from firstlm.router import RouterConfig
 from firstlm.run_folder import RunFolder
 from firstlm.scoring import score
 from firstlm.tokenizer import load_tokenizer
-from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
+from firstlm.train_config import PhaseConfig, TrainConfig
 from firstlm.train_data import TrainData, load_train_data
-from firstlm.train_progress import ProgressAndLog, bar
+from firstlm.train_progress import ProgressAndLog
 from firstlm.trainer import Trainer
 
 
@@ -114,16 +93,6 @@ class TrainResult:
             "health": self.health.to_json(),
             "too_long": self.too_long,
         }
-
-
-@dataclass
-class _Job:
-    """A phase of this run; `fixed`: a control, which trains under one plan."""
-
-    name: str
-    settings: PhaseConfig
-    steps: int
-    fixed: bool = False
 
 
 def train(
@@ -183,7 +152,7 @@ class _Run:
 
     def go(self) -> TrainResult:
         config = self.config
-        names = _phase_names(config)
+        names = phase_names(config)
         self.folder = RunFolder(config.output_dir, names, self.state.is_main_process)
         self.folder.open(config)
         self.state.wait_for_everyone()
@@ -192,20 +161,21 @@ class _Run:
             return _result_from_json(done)
         self.model = self._load_model()
         self.data = self._load_data()
-        self.jobs = _jobs(config, len(self.data.train), self._sequences_per_step())
+        per_step = config.batch_size * config.accumulation * self.state.num_processes
+        self.jobs = make_jobs(config, len(self.data.train), per_step)
+        self.starts = PhaseStarts(config, self.folder, self.model, self.data, self.jobs)
         results = [self._run_job(job) for job in self.jobs]
         return self._finish(results)
-
-    def _sequences_per_step(self) -> int:
-        return self.config.batch_size * self.config.accumulation * self.state.num_processes
 
     # ---- model and data ----
 
     def _load_model(self) -> Any:
         config = self.config
-        dtype = getattr(torch, config.dtype)
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+        if config.attn_implementation is not None:
+            options["attn_implementation"] = config.attn_implementation
         if config.checkpoint is not None:
-            model = loading.from_pretrained(config.checkpoint, dtype=dtype)
+            model = loading.from_pretrained(config.checkpoint, **options)
         else:
             values = dataclasses.asdict(config.router)
             values.pop("keep_bias_spread")
@@ -214,7 +184,7 @@ class _Run:
             # A firstlm checkpoint as base brings its own routers.
             own = loading.checkpoint.is_checkpoint(config.base)
             router = None if own else RouterConfig(**values)
-            model = loading.from_pretrained(config.base, router=router, dtype=dtype)
+            model = loading.from_pretrained(config.base, router=router, **options)
         device = config.device or str(self.state.device)
         return model.to(device)
 
@@ -241,14 +211,14 @@ class _Run:
 
     # ---- one phase ----
 
-    def _run_job(self, job: _Job) -> PhaseResult:
+    def _run_job(self, job: Job) -> PhaseResult:
         index = self.jobs.index(job)
         if self.folder.is_finished(job.name):
             self._restore(self.folder.final(job.name))
             return PhaseResult(**self.folder.finished_phase(job.name))
         resumed = self.folder.resumable(job.name)
         self.folder.rewind_log(job.name, int(resumed.name.split("-")[1]) if resumed else 0)
-        phase = self._make_phase(job)
+        phase = self.starts.make_phase(job)
         started = time.perf_counter()
         trainer = self._make_trainer(job, phase, self.config.seed + 1000 * index)
         with self.guard:
@@ -263,114 +233,7 @@ class _Run:
         gc.collect()
         return self._close_phase(job, phase, seconds)
 
-    def _make_phase(self, job: _Job) -> Phase:
-        """The phase at its start, the model prepared for it; the same again when it is resumed."""
-        if job.fixed:
-            self._need_adapter()
-            return fixed_plan_phase(job.name, self._static_plan(), DistillConfig())
-        if job.name == "warmup":
-            self._need_adapter()
-            importance = None
-            if self.config.warmup.drop_weights == "importance":
-                importance = self._importance("warmup")
-            return warmup_phase(self.config, job.steps, self.model, importance)
-        if job.name == "routers":
-            if self.config.routers.train_adapter:
-                self._need_adapter()
-            self._initialise_routers()
-            return router_phase(self.config, job.steps, self.model)
-        keep_share = self._start_of_lora()
-        self._need_adapter()
-        return lora_phase(self.config, self.model, keep_share)
-
-    def _need_adapter(self) -> None:
-        if not has_adapter(self.model):
-            attach_adapter(self.model, self.config.lora, self.config.seed)
-
-    def _initialise_routers(self) -> None:
-        """Routers start from keep_bias, unless they came with a checkpoint."""
-        fresh = self.config.checkpoint is None and not loading.checkpoint.is_checkpoint(
-            self.config.base
-        )
-        if fresh and self.config.router.keep_bias == "importance":
-            bias = importance_bias(
-                self._importance("routers"),
-                self.config.skip_rate,
-                self.config.router.keep_bias_spread,
-                protected_layers(self.model),
-            )
-            set_keep_bias(self.model, bias)
-        path = self.folder.path / "router_init.safetensors"
-        if self.state.is_main_process and not path.is_file():
-            temporary = path.with_suffix(".tmp")
-            save_file(router_state_dict(self.model), temporary)
-            os.replace(temporary, path)
-
-    def _start_of_lora(self) -> list[float]:
-        """Calibrated thresholds are set; returns how often each layer is kept with them, [L]."""
-        stored = self.folder.read("lora/start.json")
-        if stored is None:
-            if "routers" not in [j.name for j in self.jobs]:  # else phase 1 has just calibrated
-                self._calibrate([self.config.skip_rate])
-            prompts = self.data.prompts(self.data.validation)
-            mask = keep_mask(
-                keep_probabilities(self.model, prompts),
-                self.model.router_config.thresholds,
-                protected_layers(self.model),
-            )
-            stored = {
-                "thresholds": list(self.model.router_config.thresholds),
-                "keep_share": mask.double().mean(0).tolist(),
-            }
-            self.folder.write("lora/start.json", stored)
-        self.model.set_thresholds(stored["thresholds"])
-        return stored["keep_share"]
-
-    def _importance(self, when: str) -> list[float]:
-        """CE rise of every layer at the start of phase `when`, measured once per run."""
-        known = self.folder.read("importance.json") or {}
-        if when not in known:
-            count = min(self.config.importance_examples, len(self.data.validation))
-            examples = [self.data.validation[i] for i in range(count)]
-            with self._bar("layer importance", len(self.model.decoder_layers) + 1) as update:
-                known[when] = measure_importance(
-                    self.model, examples, self.data.collator, progress=update
-                )
-            self.folder.write("importance.json", known)
-        return known[when]
-
-    def _static_plan(self) -> list[bool]:
-        """The plan of a control, decided once per run."""
-        num_layers = len(self.model.decoder_layers)
-        stored = self.folder.read("control_plan.json")
-        if stored is None:
-            keep = self._choose_static_plan(num_layers)
-            stored = {"kept": [i for i in range(num_layers) if keep[i]], "num_layers": num_layers}
-            self.folder.write("control_plan.json", stored)
-        return [i in stored["kept"] for i in range(num_layers)]
-
-    def _choose_static_plan(self, num_layers: int) -> list[bool]:
-        config, protected = self.config, protected_layers(self.model)
-        if config.control == "lora_only":
-            return [True] * num_layers
-        if isinstance(config.control_plan, list):
-            wrong = [i for i in config.control_plan if not 0 <= i < num_layers]
-            if wrong or not config.control_plan:
-                raise ValueError(f"control_plan keeps {wrong}: layers are 0 to {num_layers - 1}")
-            return [i in config.control_plan for i in range(num_layers)]
-        if config.control_plan.startswith("most_kept:"):
-            share, rate = keep_share_of_run(config.control_plan.partition(":")[2])
-            return most_kept_plan(share, rate, protected)
-        if config.control_plan == "greedy":
-            count = min(config.importance_examples, len(self.data.validation))
-            examples = [self.data.validation[i] for i in range(count)]
-            with self._bar("greedy static plan", None) as update:
-                return greedy_plan(
-                    self.model, examples, self.data.collator, config.skip_rate, progress=update
-                )
-        return importance_plan(self._importance("control"), config.skip_rate, protected)
-
-    def _make_trainer(self, job: _Job, phase: Phase, seed: int) -> Trainer:
+    def _make_trainer(self, job: Job, phase: Phase, seed: int) -> Trainer:
         hooks = ProgressAndLog(
             self.folder,
             job.name,
@@ -380,20 +243,19 @@ class _Run:
             eval_every=self.config.eval_every,
             evaluate=lambda: self._evaluate(phase),
         )
-        trainer = Trainer(
+        return Trainer(
             self.model,
             phase,
             training_arguments(self.config, job.settings, job.steps, self._phase_dir(job), seed),
             sequence_average=self.config.sequence_average,
+            group_by_length=self.config.group_by_length,
             guard=self.guard,
             train_dataset=self.data.train,
             data_collator=self.data.collator,
             callbacks=[hooks],
         )
-        trainer.remove_callback(PrinterCallback)  # the log's lines, between those of our bar
-        return trainer
 
-    def _phase_dir(self, job: _Job) -> str:
+    def _phase_dir(self, job: Job) -> str:
         return str(self.folder.phase(job.name))
 
     def _evaluate(self, phase: Phase) -> dict[str, float]:
@@ -407,7 +269,7 @@ class _Run:
             "eval_plans": scores.distinct_plans,
         }
 
-    def _raise_interrupted(self, job: _Job, step: int) -> None:
+    def _raise_interrupted(self, job: Job, step: int) -> None:
         assert self.guard.signal_number is not None
         raise TrainingInterrupted(
             f"stopped after step {step} of {job.steps} of phase {job.name!r}; all is saved in "
@@ -415,15 +277,15 @@ class _Run:
             self.guard.signal_number,
         )
 
-    def _close_phase(self, job: _Job, phase: Phase, seconds: float) -> PhaseResult:
+    def _close_phase(self, job: Job, phase: Phase, seconds: float) -> PhaseResult:
         """Calibrates, measures and publishes the end of a phase."""
         steered = not job.fixed and job.name != "warmup"
         asked, rate = (self.config.skip_rate, 0.0) if steered else (phase.target(job.steps), 0.0)
         if job.fixed:
-            write_plan_into_routers(self.model, self._static_plan())
+            write_plan_into_routers(self.model, self.starts.static_plan())
             rate = asked
         elif steered:
-            self._calibrate([asked])
+            self.starts.calibrate([asked])
             prompts = self.data.prompts(self.data.test)
             probabilities = keep_probabilities(self.model, prompts)
             mask = keep_mask(
@@ -448,20 +310,10 @@ class _Run:
         self.state.wait_for_everyone()
         return result
 
-    def _calibrate(self, rates: Sequence[float]) -> None:
-        """Sets thresholds for the asked rate, and stores them for all `rates`."""
-        prompts = self.data.prompts(self.data.validation)
-        with self._bar("calibrating thresholds", len(rates)) as update:
-            found = calibrate_thresholds(
-                self.model, prompts, rates, progress=lambda asked, achieved: update(1)
-            )
-        self.model.set_thresholds(found[rate_key(self.config.skip_rate)])
-        self.model.router_config.calibration = found
-
     def _restore(self, folder: Path) -> None:
         """The model as a finished phase left it."""
         if (folder / ADAPTER_FOLDER).is_dir():
-            self._need_adapter()
+            self.starts.need_adapter()
             load_adapter_weights(self.model, folder / ADAPTER_FOLDER)
         load_routers(self.model, folder)
         stored = read_router_config(folder)
@@ -476,10 +328,10 @@ class _Run:
         last = self.jobs[-1]
         if not last.fixed and last.name != "warmup":
             rates = sorted({config.skip_rate, *self._reachable(config.calibrate_rates)})
-            self._calibrate(rates)
+            self.starts.calibrate(rates)
         asked = results[-1].skip_rate_asked
         initial = self.folder.path / "router_init.safetensors"
-        with self._bar("router health", 5 * len(self.data.test)) as update:
+        with self.starts.bar("router health", 5 * len(self.data.test)) as update:
             health = router_health(
                 self.model,
                 self.data.test,
@@ -513,9 +365,6 @@ class _Run:
         num_layers = len(self.model.decoder_layers)
         most = 1.0 - len(protected_layers(self.model)) / num_layers
         return [rate for rate in rates if rate <= most]
-
-    def _bar(self, what: str, total: int | None) -> Any:
-        return bar(what, total, self.config.progress and self.state.is_main_process)
 
 
 def training_arguments(
@@ -551,29 +400,6 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available() and config.device != "cpu",
         ddp_find_unused_parameters=False,
     )
-
-
-def _phase_names(config: TrainConfig) -> list[str]:
-    if config.control == "lora_only":
-        return ["lora"]
-    if config.control == "static":
-        return [n for n in config.phases if n == "warmup"] + ["lora"]
-    return list(config.phases)
-
-
-def _jobs(config: TrainConfig, examples: int, batch: int) -> list[_Job]:
-    """The phases of the run; a control spends the same steps in all on LoRA alone."""
-    steps = {n: steps_of(getattr(config, n), examples, batch) for n in config.phases}
-    names = _phase_names(config)
-    if config.control == "none":
-        return [_Job(n, getattr(config, n), steps[n]) for n in names]
-    warm = [_Job("warmup", config.warmup, steps["warmup"])] if "warmup" in names else []
-    rest = sum(steps.values()) - sum(job.steps for job in warm)
-    if not rest:
-        raise ValueError(
-            f"control={config.control} trains LoRA: phases={config.phases} leaves none"
-        )
-    return [*warm, _Job("lora", config.lora, rest, fixed=True)]
 
 
 def _result_from_json(values: Mapping[str, Any]) -> TrainResult:

@@ -1,0 +1,263 @@
+"""Where each phase of a run starts from: layer importance, plans, routers, thresholds.
+
+What is measured here is written into the run's folder, so a resumed run starts its phase from the
+same numbers without measuring again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from firstlm.adapter import attach_adapter, has_adapter
+from firstlm.budget import calibrate_thresholds, keep_mask, keep_probabilities, rate_key
+from firstlm.checkpoint import is_checkpoint, router_state_dict
+from firstlm.controls import (
+    greedy_plan,
+    importance_bias,
+    importance_plan,
+    keep_share_of_run,
+    measure_importance,
+    most_kept_plan,
+    set_keep_bias,
+)
+from firstlm.phases import (
+    Phase,
+    fixed_plan_phase,
+    lora_phase,
+    protected_layers,
+    router_phase,
+    steps_of,
+    warmup_phase,
+)
+from firstlm.plan_search import fit_routers, search_plan
+from firstlm.run_folder import RunFolder
+from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
+from firstlm.train_data import TrainData
+from firstlm.train_progress import bar
+
+
+@dataclass
+class Job:
+    """A phase of this run; `fixed`: a control, which trains under one plan."""
+
+    name: str
+    settings: PhaseConfig
+    steps: int
+    fixed: bool = False
+
+
+def phase_names(config: TrainConfig) -> list[str]:
+    """The phases that a run goes through; controls have no phase 1."""
+    if config.control == "lora_only":
+        return ["lora"]
+    if config.control == "static":
+        return [n for n in config.phases if n == "warmup"] + ["lora"]
+    return list(config.phases)
+
+
+def make_jobs(config: TrainConfig, examples: int, batch: int) -> list[Job]:
+    """The phases of the run; a control spends the same steps in all on LoRA alone.
+
+    Args:
+        examples: in the training set.
+        batch: sequences per optimizer step, all processes.
+    """
+    steps = {n: steps_of(getattr(config, n), examples, batch) for n in config.phases}
+    names = phase_names(config)
+    if config.control == "none":
+        return [Job(n, getattr(config, n), steps[n]) for n in names]
+    warm = [Job("warmup", config.warmup, steps["warmup"])] if "warmup" in names else []
+    rest = sum(steps.values()) - sum(job.steps for job in warm)
+    return [*warm, Job("lora", config.lora, rest, fixed=True)]
+
+
+class PhaseStarts:
+    """Prepares the model for a phase, and says what the phase is.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        model: routed; changed in place.
+        data: of the run.
+        jobs: all phases of the run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        model: Any,
+        data: TrainData,
+        jobs: Sequence[Job],
+    ) -> None:
+        self.config, self.folder, self.model = config, folder, model
+        self.data, self.jobs = data, jobs
+
+    def bar(self, what: str, total: int | None) -> Any:
+        """A progress bar of the run, see train_progress.bar."""
+        return bar(what, total, self.config.progress and self.folder.writes)
+
+    def make_phase(self, job: Job) -> Phase:
+        """The phase at its start, the model prepared for it; the same again when it is resumed."""
+        if job.fixed:
+            self.need_adapter()
+            return fixed_plan_phase(job.name, self.static_plan(), DistillConfig())
+        if job.name == "warmup":
+            self.need_adapter()
+            importance = None
+            if self.config.warmup.drop_weights == "importance":
+                importance = self._importance("warmup")
+            return warmup_phase(self.config, job.steps, self.model, importance)
+        if job.name == "routers":
+            if self.config.routers.train_adapter:
+                self.need_adapter()
+            self._initialise_routers()
+            return router_phase(self.config, job.steps, self.model)
+        keep_share = self._start_of_lora()
+        self.need_adapter()
+        return lora_phase(self.config, self.model, keep_share)
+
+    def need_adapter(self) -> None:
+        """Attaches a fresh adapter unless the model has one."""
+        if not has_adapter(self.model):
+            attach_adapter(self.model, self.config.lora, self.config.seed)
+
+    def _initialise_routers(self) -> None:
+        """Routers start from keep_bias, unless they came with a checkpoint."""
+        fresh = self.config.checkpoint is None and not is_checkpoint(self.config.base)
+        if fresh and self.config.router.keep_bias == "importance":
+            bias = importance_bias(
+                self._importance("routers"),
+                self.config.skip_rate,
+                self.config.router.keep_bias_spread,
+                protected_layers(self.model),
+            )
+            set_keep_bias(self.model, bias)
+        if fresh and self.config.router.keep_bias == "plans":
+            self._routers_from_plans()
+        path = self.folder.path / "router_init.safetensors"
+        if self.folder.writes and not path.is_file():
+            temporary = path.with_suffix(".tmp")
+            save_file(router_state_dict(self.model), temporary)
+            os.replace(temporary, path)
+
+    def _routers_from_plans(self) -> None:
+        """The best plan of each task, searched once per run, and routers fitted to them."""
+        config, rows = self.config, self.data.train
+        tasks = getattr(rows, "tasks", None) or ["all"] * len(rows)
+        groups = {
+            task: [rows[i] for i, other in enumerate(tasks) if other == task]
+            for task in sorted(set(tasks))
+        }
+        groups = {task: found[: config.plan_search_examples] for task, found in groups.items()}
+        plans = self.folder.read("task_plans.json") or {}
+        for index, (task, examples) in enumerate(groups.items()):
+            if task in plans:
+                continue
+            with self.bar(f"plan of {task}", None) as update:
+                keep, cross_entropy = search_plan(
+                    self.model,
+                    examples,
+                    self.data.collator,
+                    config.skip_rate,
+                    trials=config.plan_search_trials,
+                    seed=config.seed + index,
+                    progress=update,
+                )
+            kept = [i for i, flag in enumerate(keep) if flag]
+            plans[task] = {"kept": kept, "cross_entropy": cross_entropy}
+            self.folder.write("task_plans.json", plans)
+        masks = torch.zeros(len(groups), len(self.model.decoder_layers), dtype=torch.bool)
+        for index, task in enumerate(groups):
+            masks[index, plans[task]["kept"]] = True
+        sizes = torch.tensor([len(examples) for examples in groups.values()])
+        with self.bar("routers from plans", int(sizes.sum())) as update:
+            fit_routers(
+                self.model,
+                [row for examples in groups.values() for row in examples],
+                self.data.collator,
+                masks.repeat_interleave(sizes, 0),
+                margin=config.router.keep_bias_spread,
+                progress=update,
+            )
+        self.model.set_thresholds([0.5] * masks.shape[1])
+
+    def _start_of_lora(self) -> list[float]:
+        """Calibrated thresholds are set; returns how often each layer is kept with them, [L]."""
+        stored = self.folder.read("lora/start.json")
+        if stored is None:
+            if "routers" not in [j.name for j in self.jobs]:  # else phase 1 has just calibrated
+                self.calibrate([self.config.skip_rate])
+            prompts = self.data.prompts(self.data.validation)
+            mask = keep_mask(
+                keep_probabilities(self.model, prompts),
+                self.model.router_config.thresholds,
+                protected_layers(self.model),
+            )
+            stored = {
+                "thresholds": list(self.model.router_config.thresholds),
+                "keep_share": mask.double().mean(0).tolist(),
+            }
+            self.folder.write("lora/start.json", stored)
+        self.model.set_thresholds(stored["thresholds"])
+        return stored["keep_share"]
+
+    def _importance(self, when: str) -> list[float]:
+        """CE rise of every layer at the start of phase `when`, measured once per run."""
+        known = self.folder.read("importance.json") or {}
+        if when not in known:
+            count = min(self.config.importance_examples, len(self.data.validation))
+            examples = [self.data.validation[i] for i in range(count)]
+            with self.bar("layer importance", len(self.model.decoder_layers) + 1) as update:
+                known[when] = measure_importance(
+                    self.model, examples, self.data.collator, progress=update
+                )
+            self.folder.write("importance.json", known)
+        return known[when]
+
+    def static_plan(self) -> list[bool]:
+        """The plan of a control, decided once per run."""
+        num_layers = len(self.model.decoder_layers)
+        stored = self.folder.read("control_plan.json")
+        if stored is None:
+            keep = self._choose_static_plan(num_layers)
+            stored = {"kept": [i for i in range(num_layers) if keep[i]], "num_layers": num_layers}
+            self.folder.write("control_plan.json", stored)
+        return [i in stored["kept"] for i in range(num_layers)]
+
+    def _choose_static_plan(self, num_layers: int) -> list[bool]:
+        config, protected = self.config, protected_layers(self.model)
+        if config.control == "lora_only":
+            return [True] * num_layers
+        if isinstance(config.control_plan, list):
+            wrong = [i for i in config.control_plan if not 0 <= i < num_layers]
+            if wrong or not config.control_plan:
+                raise ValueError(f"control_plan keeps {wrong}: layers are 0 to {num_layers - 1}")
+            return [i in config.control_plan for i in range(num_layers)]
+        if config.control_plan.startswith("most_kept:"):
+            share, rate = keep_share_of_run(config.control_plan.partition(":")[2])
+            return most_kept_plan(share, rate, protected)
+        if config.control_plan == "greedy":
+            count = min(config.importance_examples, len(self.data.validation))
+            examples = [self.data.validation[i] for i in range(count)]
+            with self.bar("greedy static plan", None) as update:
+                return greedy_plan(
+                    self.model, examples, self.data.collator, config.skip_rate, progress=update
+                )
+        return importance_plan(self._importance("control"), config.skip_rate, protected)
+
+    def calibrate(self, rates: Sequence[float]) -> None:
+        """Sets thresholds for the asked rate, and stores them for all `rates`."""
+        prompts = self.data.prompts(self.data.validation)
+        with self.bar("calibrating thresholds", len(rates)) as update:
+            found = calibrate_thresholds(
+                self.model, prompts, rates, progress=lambda asked, achieved: update(1)
+            )
+        self.model.set_thresholds(found[rate_key(self.config.skip_rate)])
+        self.model.router_config.calibration = found

@@ -1,0 +1,181 @@
+"""A good static plan for each task of a mixture, found by measuring whole plans, and routers that
+start as classifiers of these plans.
+
+First-order importance misleads: two layers that are cheap to skip alone can be dear together, so
+plans are compared as wholes. Letters: N examples, L layers, F router features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from firstlm import ops
+from firstlm.controls import importance_plan, layers_to_drop, measure_importance
+from firstlm.phases import protected_layers
+from firstlm.scoring import Collator, score
+
+_RIDGE = 1e-2  # of the logistic fit, on features of unit mean square
+
+
+def search_plan(
+    model: Any,
+    examples: Sequence[Any],
+    collator: Collator,
+    skip_rate: float,
+    *,
+    trials: int,
+    seed: int,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[bool], float]:
+    """The best plan of one size that a walk of swaps finds, from the least important layers on.
+
+    A trial exchanges one skipped layer for a kept one, cheap ones more often, and stays if the
+    answer cross-entropy of `examples` falls.
+
+    Args:
+        model: from firstlm.from_pretrained; its routers play no part.
+        examples: N encoded rows.
+        skip_rate: share of skipped layers, rounded to whole layers.
+        trials: swaps tried; the start costs L + 1 passes over the examples besides.
+        seed: of the swaps.
+
+    Returns:
+        Keep mask [L], and its cross-entropy (nats per answer token).
+    """
+    num_layers, protected = len(model.decoder_layers), protected_layers(model)
+    importance = measure_importance(
+        model, examples, collator, batch_size=batch_size, progress=progress
+    )
+    plan = importance_plan(importance, skip_rate, protected)
+
+    def cross_entropy(keep: Sequence[bool]) -> float:
+        mask = torch.tensor(list(keep))
+        found = score(model, examples, collator, batch_size=batch_size, keep_mask=mask)
+        if progress is not None:
+            progress(1)
+        return found.cross_entropy
+
+    best = cross_entropy(plan)
+    if not 0 < layers_to_drop(skip_rate, num_layers, protected) < num_layers - len(protected):
+        return plan, best
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.tensor(importance, dtype=torch.float64)  # [L]
+    cost[protected] = torch.inf
+    tried = {tuple(plan)}
+    for _ in range(trials):
+        swapped = _swap(plan, cost, generator)
+        if tuple(swapped) in tried:
+            continue
+        tried.add(tuple(swapped))
+        value = cross_entropy(swapped)
+        if value < best:
+            plan, best = swapped, value
+    return plan, best
+
+
+def _swap(plan: list[bool], cost: torch.Tensor, generator: torch.Generator) -> list[bool]:
+    """Keep one skipped layer, dear ones more often, and skip a kept one, cheap ones more often."""
+    kept = torch.tensor(plan)
+    spread = cost[cost.isfinite()].std().clamp(min=1e-6)
+    scaled = (cost / spread).nan_to_num(posinf=torch.inf)
+    back = torch.where(kept, -torch.inf, scaled).softmax(0)
+    out = torch.where(kept, -scaled, -torch.inf).softmax(0)
+    swapped = list(plan)
+    swapped[int(torch.multinomial(back, 1, generator=generator))] = True
+    swapped[int(torch.multinomial(out, 1, generator=generator))] = False
+    return swapped
+
+
+@torch.no_grad()
+def fit_routers(
+    model: Any,
+    examples: Sequence[Any],
+    collator: Collator,
+    plans: torch.Tensor,
+    *,
+    margin: float,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Routers that say `plans` of `examples`, by logistic regression on the features they read.
+
+    A layer on which all plans agree gets no weights, only a bias of `margin` or `-margin`.
+
+    Args:
+        model: with linear router heads.
+        examples: N encoded rows.
+        plans: bool [N, L], the plan of every example.
+        margin: size of the logits that the fit aims at.
+
+    Raises:
+        ValueError: mlp heads.
+    """
+    if model.router_config.head != "linear":
+        raise ValueError('routers start from plans only with head="linear"')
+    undecided = [i for i in range(plans.shape[1]) if 0 < int(plans[:, i].sum()) < len(plans)]
+    features = _features(model, examples, collator, plans, undecided, batch_size, progress)
+    for layer_idx, layer in enumerate(model.decoder_layers):
+        if layer_idx in undecided:
+            weight, bias = _logistic(features[layer_idx], plans[:, layer_idx], margin)
+            layer.router.weight.copy_(weight[None])
+            layer.router.bias.fill_(bias)
+        else:
+            layer.router.reset_parameters(margin if bool(plans[0, layer_idx]) else -margin)
+
+
+def _features(
+    model: Any,
+    examples: Sequence[Any],
+    collator: Collator,
+    plans: torch.Tensor,
+    layers: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> dict[int, torch.Tensor]:
+    """What the head of each router in `layers` reads under `plans`: layer -> [N, F]."""
+    config = model.router_config
+    seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+    def hook(module: Any, args: tuple[torch.Tensor, torch.Tensor]) -> None:
+        hidden_states, prompt_mask = args
+        pooled = ops.router_pool(hidden_states, prompt_mask, config.pooling, config.windows)
+        if config.normalize:
+            pooled = pooled * pooled.square().mean(-1, keepdim=True).rsqrt()
+        seen[module.layer_idx].append(pooled.float().cpu())
+
+    handles = [model.decoder_layers[i].router.register_forward_pre_hook(hook) for i in layers]
+    try:
+        for start in range(0, len(examples), batch_size):
+            rows = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
+            batch = {k: v.to(model.device) for k, v in collator(rows).items() if k != "labels"}
+            chosen = plans[start : start + len(rows)]
+            model(**batch, use_cache=False, skip_plan=chosen, logits_to_keep=1)
+            if progress is not None:
+                progress(len(rows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: torch.cat(parts) for layer, parts in seen.items()}
+
+
+def _logistic(
+    features: torch.Tensor, keep: torch.Tensor, margin: float
+) -> tuple[torch.Tensor, float]:
+    """Ridge fit of targets ±margin, balanced over both answers. Returns weight [F] and bias.
+
+    The direction of least squares on two classes is Fisher's discriminant: no iterations, and the
+    size of the logits is bounded by the margin.
+    """
+    x, y = features.double(), torch.where(keep, margin, -margin).double()
+    share = keep.double().mean()
+    balance = torch.where(keep, 0.5 / share, 0.5 / (1 - share))  # [N], mean 1
+    mean = (balance[:, None] * x).mean(0)
+    centred = x - mean
+    gram = (balance[:, None] * centred).T @ centred / len(x)
+    gram += _RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, (balance * y) @ centred / len(x))
+    return weight.float(), float(-(mean @ weight))
