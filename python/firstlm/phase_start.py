@@ -35,7 +35,7 @@ from firstlm.phases import (
     steps_of,
     warmup_phase,
 )
-from firstlm.plan_search import fit_routers, search_plan
+from firstlm.plan_search import fit_routers, search_plan, search_task_plans
 from firstlm.run_folder import RunFolder
 from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
 from firstlm.train_data import TrainData
@@ -149,33 +149,26 @@ class PhaseStarts:
 
     def _routers_from_plans(self) -> None:
         """The best plan of each task, searched once per run, and routers fitted to them."""
-        config, rows = self.config, self.data.train
-        tasks = getattr(rows, "tasks", None) or ["all"] * len(rows)
-        groups = {
-            task: [rows[i] for i, other in enumerate(tasks) if other == task]
-            for task in sorted(set(tasks))
-        }
-        groups = {task: found[: config.plan_search_examples] for task, found in groups.items()}
-        plans = self.folder.read("task_plans.json") or {}
-        for index, (task, examples) in enumerate(groups.items()):
-            if task in plans:
-                continue
-            with self.bar(f"plan of {task}", None) as update:
-                keep, cross_entropy = search_plan(
+        config = self.config
+        groups, weights = self._task_groups()
+        plans = self.folder.read("task_plans.json")
+        if plans is None:
+            with self.bar("plans of the tasks", None) as update:
+                common, found = search_task_plans(
                     self.model,
-                    examples,
+                    groups,
+                    weights,
                     self.data.collator,
                     config.skip_rate,
                     trials=config.plan_search_trials,
-                    seed=config.seed + index,
+                    seed=config.seed,
                     progress=update,
                 )
-            kept = [i for i, flag in enumerate(keep) if flag]
-            plans[task] = {"kept": kept, "cross_entropy": cross_entropy}
+            plans = {"common": _kept(common), "tasks": {t: _kept(p) for t, p in found.items()}}
             self.folder.write("task_plans.json", plans)
         masks = torch.zeros(len(groups), len(self.model.decoder_layers), dtype=torch.bool)
         for index, task in enumerate(groups):
-            masks[index, plans[task]["kept"]] = True
+            masks[index, plans["tasks"][task]] = True
         sizes = torch.tensor([len(examples) for examples in groups.values()])
         with self.bar("routers from plans", int(sizes.sum())) as update:
             fit_routers(
@@ -187,6 +180,18 @@ class PhaseStarts:
                 progress=update,
             )
         self.model.set_thresholds([0.5] * masks.shape[1])
+
+    def _task_groups(self) -> tuple[dict[str, list[Any]], dict[str, float]]:
+        """Training rows of every task that plans are measured on, and what each row stands for."""
+        rows = self.data.train
+        tasks = getattr(rows, "tasks", None) or ["all"] * len(rows)
+        groups, weights = {}, {}
+        for task in sorted(set(tasks)):
+            chosen = [i for i, other in enumerate(tasks) if other == task]
+            measured = chosen[: self.config.plan_search_examples]
+            groups[task] = [rows[i] for i in measured]
+            weights[task] = len(chosen) / len(measured)
+        return groups, weights
 
     def _start_of_lora(self) -> list[float]:
         """Calibrated thresholds are set; returns how often each layer is kept with them, [L]."""
@@ -250,6 +255,18 @@ class PhaseStarts:
                 return greedy_plan(
                     self.model, examples, self.data.collator, config.skip_rate, progress=update
                 )
+        if config.control_plan == "search":
+            groups, _ = self._task_groups()
+            with self.bar("searching a static plan", None) as update:
+                return search_plan(
+                    self.model,
+                    [row for rows in groups.values() for row in rows],
+                    self.data.collator,
+                    config.skip_rate,
+                    trials=config.plan_search_trials,
+                    seed=config.seed,
+                    progress=update,
+                )[0]
         return importance_plan(self._importance("control"), config.skip_rate, protected)
 
     def calibrate(self, rates: Sequence[float]) -> None:
@@ -261,3 +278,7 @@ class PhaseStarts:
             )
         self.model.set_thresholds(found[rate_key(self.config.skip_rate)])
         self.model.router_config.calibration = found
+
+
+def _kept(plan: Sequence[bool]) -> list[int]:
+    return [layer for layer, flag in enumerate(plan) if flag]

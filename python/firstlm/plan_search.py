@@ -1,5 +1,5 @@
-"""A good static plan for each task of a mixture, found by measuring whole plans, and routers that
-start as classifiers of these plans.
+"""Plans found by measuring whole plans, for a mixture and for each of its tasks, and routers
+that start as classifiers of the tasks' plans.
 
 First-order importance misleads: two layers that are cheap to skip alone can be dear together, so
 plans are compared as wholes. Letters: N examples, L layers, F router features.
@@ -7,7 +7,7 @@ plans are compared as wholes. Letters: N examples, L layers, F router features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,17 +77,101 @@ def search_plan(
     return plan, best
 
 
-def _swap(plan: list[bool], cost: torch.Tensor, generator: torch.Generator) -> list[bool]:
-    """Keep one skipped layer, dear ones more often, and skip a kept one, cheap ones more often."""
-    kept = torch.tensor(plan)
+def search_task_plans(
+    model: Any,
+    groups: Mapping[str, Sequence[Any]],
+    weights: Mapping[str, float],
+    collator: Collator,
+    skip_rate: float,
+    *,
+    trials: int,
+    seed: int,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[bool], dict[str, list[bool]]]:
+    """The best common plan of a mixture, and each task's own departures from it.
+
+    Weights that serve one plan serve it well, so tasks leave the common plan only where that pays:
+    a trial swaps two layers of one task, or lets one task skip a layer more and another a layer
+    less (the total stays), and stays if the loss of the mixture falls.
+
+    Args:
+        model, collator, skip_rate, seed: as in search_plan.
+        groups: task -> encoded rows.
+        weights: task -> how many times its rows stand in the mixture for each row in `groups`.
+        trials: moves tried for the common plan, and as many for every task.
+
+    Returns:
+        The common keep mask [L], and task -> keep mask [L].
+    """
+    everything = [row for rows in groups.values() for row in rows]
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    common, _ = search_plan(
+        model, everything, collator, skip_rate, trials=trials, seed=seed, **options
+    )
+    if len(groups) == 1:
+        return common, {task: common for task in groups}
+    protected = protected_layers(model)
+    cost: dict[str, torch.Tensor] = {}
+    for task, rows in groups.items():
+        rises = torch.tensor(measure_importance(model, rows, collator, **options)).double()
+        rises[protected] = torch.inf
+        cost[task] = rises
+
+    def loss(task: str, plan: Sequence[bool]) -> float:
+        found = score(
+            model, groups[task], collator, batch_size=batch_size, keep_mask=torch.tensor(list(plan))
+        )
+        if progress is not None:
+            progress(1)
+        return weights[task] * float(found.loss.sum())
+
+    plans = {task: list(common) for task in groups}
+    losses = {task: loss(task, plan) for task, plan in plans.items()}
+    tried: set[tuple[Any, ...]] = set()
+    generator = torch.Generator().manual_seed(seed + 1)
+    names = list(groups)
+    for _ in range(trials * len(names)):
+        first, second = (names[i] for i in torch.randperm(len(names), generator=generator)[:2])
+        moved = {first: _swap(plans[first], cost[first], generator)}
+        if torch.rand(1, generator=generator) < 0.5:
+            moved = {
+                first: _change(plans[first], cost[first], generator, keep=False),
+                second: _change(plans[second], cost[second], generator, keep=True),
+            }
+        key = tuple((task, tuple(plan)) for task, plan in sorted(moved.items()))
+        if key in tried or not all(any(plan) and not all(plan) for plan in moved.values()):
+            continue
+        tried.add(key)
+        new = {task: loss(task, plan) for task, plan in moved.items()}
+        if sum(new.values()) < sum(losses[task] for task in new):
+            plans.update(moved)
+            losses.update(new)
+    return common, plans
+
+
+def _change(
+    plan: list[bool], cost: torch.Tensor, generator: torch.Generator, *, keep: bool
+) -> list[bool]:
+    """Keep one skipped layer (dear ones more often), or skip a kept one (cheap ones more often)."""
     spread = cost[cost.isfinite()].std().clamp(min=1e-6)
-    scaled = (cost / spread).nan_to_num(posinf=torch.inf)
-    back = torch.where(kept, -torch.inf, scaled).softmax(0)
-    out = torch.where(kept, -scaled, -torch.inf).softmax(0)
-    swapped = list(plan)
-    swapped[int(torch.multinomial(back, 1, generator=generator))] = True
-    swapped[int(torch.multinomial(out, 1, generator=generator))] = False
-    return swapped
+    ease = (cost / spread) * (1 if keep else -1)
+    candidates = torch.tensor([kept != keep for kept in plan]) & cost.isfinite()
+    if not candidates.any():
+        return plan
+    odds = torch.where(candidates, ease, -torch.inf).softmax(0)
+    changed = list(plan)
+    changed[int(torch.multinomial(odds, 1, generator=generator))] = keep
+    return changed
+
+
+def _swap(plan: list[bool], cost: torch.Tensor, generator: torch.Generator) -> list[bool]:
+    """One skipped layer comes back and a kept one goes."""
+    returned = _change(plan, cost, generator, keep=True)
+    candidates = [kept and old for kept, old in zip(returned, plan, strict=True)]
+    still = cost.clone()
+    still[[i for i, flag in enumerate(candidates) if not flag]] = torch.inf
+    return _change(returned, still, generator, keep=False)
 
 
 @torch.no_grad()

@@ -191,8 +191,8 @@ class TrainConfig:
     )
     control_plan: str | list[int] = setting(
         "importance",
-        "static: kept layers, or where they come from: importance, greedy, or most_kept:FOLDER (a "
-        "firstlm run or checkpoint)",
+        "static: kept layers, or where they come from: importance, greedy, search (swaps, as "
+        "router.keep_bias=plans starts), or most_kept:FOLDER (a firstlm run or checkpoint)",
     )
     batch_size: int = setting(8, "sequences per process and forward pass")
     accumulation: int = setting(1, "forward passes per optimizer step")

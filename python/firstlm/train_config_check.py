@@ -56,12 +56,12 @@ def _about_run(c: TrainConfig) -> Iterator[str]:
         yield f"router.windows={c.router.windows}: goes with router.pooling=windowed_mean only"
     yield from _positive("router.bottleneck", c.router.bottleneck)
     yield from _positive("router.keep_bias_spread", c.router.keep_bias_spread, 0)
-    rules = ("importance", "greedy")
+    rules = ("importance", "greedy", "search")
     plan = c.control_plan
     if isinstance(plan, str) and plan not in rules and not plan.startswith("most_kept:"):
         yield (
-            f"control_plan={plan!r}: must be importance, greedy, most_kept:FOLDER, or a list of "
-            "kept layers"
+            f"control_plan={plan!r}: must be importance, greedy, search, most_kept:FOLDER, or "
+            "a list of kept layers"
         )
 
 
