@@ -28,6 +28,7 @@ def search_plan(
     *,
     trials: int,
     seed: int,
+    importance: Sequence[float] | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[bool], float]:
@@ -40,16 +41,18 @@ def search_plan(
         model: from firstlm.from_pretrained; its routers play no part.
         examples: N encoded rows.
         skip_rate: share of skipped layers, rounded to whole layers.
-        trials: swaps tried; the start costs L + 1 passes over the examples besides.
+        trials: swaps tried.
         seed: of the swaps.
+        importance: [L], measured on the examples if not given (L + 1 passes over them).
 
     Returns:
         Keep mask [L], and its cross-entropy (nats per answer token).
     """
     num_layers, protected = len(model.decoder_layers), protected_layers(model)
-    importance = measure_importance(
-        model, examples, collator, batch_size=batch_size, progress=progress
-    )
+    if importance is None:
+        importance = measure_importance(
+            model, examples, collator, batch_size=batch_size, progress=progress
+        )
     plan = importance_plan(importance, skip_rate, protected)
 
     def cross_entropy(keep: Sequence[bool]) -> float:
@@ -106,17 +109,22 @@ def search_task_plans(
     """
     everything = [row for rows in groups.values() for row in rows]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    importance = measure_importance(model, everything, collator, **options)
     common, _ = search_plan(
-        model, everything, collator, skip_rate, trials=trials, seed=seed, **options
+        model,
+        everything,
+        collator,
+        skip_rate,
+        trials=trials,
+        seed=seed,
+        importance=importance,
+        **options,
     )
     if len(groups) == 1:
         return common, {task: common for task in groups}
     protected = protected_layers(model)
-    cost: dict[str, torch.Tensor] = {}
-    for task, rows in groups.items():
-        rises = torch.tensor(measure_importance(model, rows, collator, **options)).double()
-        rises[protected] = torch.inf
-        cost[task] = rises
+    cost = torch.tensor(importance, dtype=torch.float64)  # [L]
+    cost[protected] = torch.inf
 
     def loss(task: str, plan: Sequence[bool]) -> float:
         found = score(
@@ -133,11 +141,11 @@ def search_task_plans(
     names = list(groups)
     for _ in range(trials * len(names)):
         first, second = (names[i] for i in torch.randperm(len(names), generator=generator)[:2])
-        moved = {first: _swap(plans[first], cost[first], generator)}
+        moved = {first: _swap(plans[first], cost, generator)}
         if torch.rand(1, generator=generator) < 0.5:
             moved = {
-                first: _change(plans[first], cost[first], generator, keep=False),
-                second: _change(plans[second], cost[second], generator, keep=True),
+                first: _change(plans[first], cost, generator, keep=False),
+                second: _change(plans[second], cost, generator, keep=True),
             }
         key = tuple((task, tuple(plan)) for task, plan in sorted(moved.items()))
         if key in tried or not all(any(plan) and not all(plan) for plan in moved.values()):
