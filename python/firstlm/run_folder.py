@@ -21,8 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.atomic import write_json, write_text
-from firstlm.train_config import TrainConfig
+from firstlm.train_config import PHASES, TrainConfig
 from firstlm.trainer import latest_checkpoint
+
+_FILES = (
+    "config.yaml", "train_log.jsonl", "importance.json", "task_plans.json", "control_plan.json",
+    "router_init.safetensors", "result.json", "health.json", "health.md",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -49,7 +54,7 @@ class RunFolder:
         """
         stored = self.path / "config.yaml"
         if config.overwrite and self.writes and stored.is_file():
-            shutil.rmtree(self.path)
+            self._delete_run()
         if stored.is_file() and not config.overwrite:
             if not config.resume:
                 raise ValueError(
@@ -67,6 +72,13 @@ class RunFolder:
             config.to_yaml(stored)
             for partial in self.path.glob("**/.*.partial*"):
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _delete_run(self) -> None:
+        """Removes what a run writes, and nothing else that may lie in its folder."""
+        for name in (*PHASES, "checkpoint"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
 
     def phase(self, name: str) -> Path:
         return self.path / name

@@ -38,6 +38,14 @@ class StepStats:
         self._keep_prob.append(keep_prob.detach())
         self._keep_mask.append(keep_mask.detach().to(keep_prob.device))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The plans seen lately, "1" for a kept layer; a checkpoint never falls within a step."""
+        return {"plans": ["".join("01"[kept] for kept in plan) for plan in self._plans]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._plans.clear()
+        self._plans.extend(tuple(c == "1" for c in plan) for plan in state["plans"])
+
     def gather(self, accelerator: Any) -> None:
         """Joins the step's numbers of all processes."""
         self._parts = {

@@ -203,11 +203,11 @@ class TrainConfig:
         0.0, "share of the CE that averages over sequences first; the rest over all answer tokens"
     )
     precision: Literal["f32", "bf16"] = setting("f32", "bf16: autocast; parameters stay as loaded")
-    dtype: Literal["float32", "bfloat16", "float64"] = setting(
-        "float32", "the base's weights in memory"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "the base's weights in memory; auto: bfloat16 where it is fast, else float32"
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = setting(
-        None, "transformers' attention; short sequences in bf16 on a CPU train faster with eager"
+        None, "transformers' attention; default: its own choice, or eager for bfloat16 on a CPU"
     )
     device: str | None = setting(None, "cpu, cuda, ...; default: what there is")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")

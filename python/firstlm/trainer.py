@@ -388,6 +388,7 @@ class Trainer(transformers.Trainer):
             "step": self.state.global_step,
             "thresholds": list(self.model.router_config.thresholds),
             "controllers": self.phase.state_dict(),
+            "stats": self.stats.state_dict(),
         }
         write_json(folder / STATE_FILE, state)
 
@@ -404,6 +405,7 @@ class Trainer(transformers.Trainer):
             load_adapter_weights(self.model, folder / ADAPTER_FOLDER)
         self.model.set_thresholds(state["thresholds"])
         self.phase.load_state_dict(state["controllers"])
+        self.stats.load_state_dict(state["stats"])
 
 
 class _StepHooks(TrainerCallback):

@@ -121,7 +121,7 @@ def train(
         TrainingInterrupted: stopped by Ctrl-C or SIGTERM, after saving.
         NonFiniteLoss: NaN or infinite loss; step and examples are named.
     """
-    config = _as_config(config, settings, overrides).validate()
+    config = resolve_auto(_as_config(config, settings, overrides).validate())
     given = {"train": train_dataset, "validation": validation_dataset, "test": test_dataset}
     return _Run(config, {k: v for k, v in given.items() if v is not None}).go()
 
@@ -139,6 +139,19 @@ def _as_config(
             value = {**values[name], **value}
         values[name] = value
     return TrainConfig.from_dict(values, overrides)
+
+
+def resolve_auto(config: TrainConfig) -> TrainConfig:
+    """`config` with what "auto" and default attention mean on this machine."""
+    on_cpu = PartialState(cpu=config.device == "cpu").device.type == "cpu"
+    dtype, attention = config.dtype, config.attn_implementation
+    if dtype == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if fast else "float32"
+    if attention is None and on_cpu and dtype == "bfloat16":
+        # Measured: of 3.2 s per step of 8 x 128 tokens, SDPA's bf16 backward took 0.5 s more.
+        attention = "eager"
+    return dataclasses.replace(config, dtype=dtype, attn_implementation=attention)
 
 
 class _Run:
@@ -223,8 +236,11 @@ class _Run:
         trainer = self._make_trainer(job, phase, self.config.seed + 1000 * index)
         with self.guard:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        # Accelerate wraps forward for autocast: the next phase wraps it anew.
-        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        # Accelerate wraps forward for autocast, and the next phase would wrap it once more.
+        # (Its own unwrap_model follows __wrapped__ past the class's forward.)
+        original = self.model.__dict__.pop("_original_forward", None)
+        if original is not None:
+            self.model.forward = original
         step = trainer.state.global_step
         if self.guard.requested:
             self._raise_interrupted(job, step)

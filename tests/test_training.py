@@ -1,0 +1,386 @@
+"""firstlm.train: phases in order, alone, continued, interrupted and taken up again; controls."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets as hf_datasets
+import pytest
+import torch
+
+import firstlm
+from firstlm.atomic import staged_folder, write_text
+from firstlm.checkpoint import read_router_config, router_state_dict
+from firstlm.controls import (
+    importance_bias,
+    importance_plan,
+    layers_to_drop,
+    measure_importance,
+    most_kept_plan,
+)
+from firstlm.data import load_corpus
+from firstlm.train_config import DataConfig
+from firstlm.train_data import load_train_data
+from tiny_models import tiny_base_path
+from tiny_training import examples
+from train_once import datasets, run, settings
+
+SMALL = {
+    "data": {"validation_prompts": 16, "test_prompts": 16},
+    "warmup": {"steps": 2},
+    "routers": {"steps": 3, "lr": 0.01},
+    "lora": {"steps": 3, "rank": 4, "hold_window": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    return str(tiny_base_path("llama"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> firstlm.TrainResult:
+    """An uninterrupted run of all phases."""
+    return run(base, str(tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "train_log.jsonl").open()]
+
+
+def weights(folder) -> dict[str, bytes]:
+    names = ("router.safetensors", "adapter/adapter_model.safetensors")
+    return {name: (Path(folder) / name).read_bytes() for name in names}
+
+
+# ---- the phases ----
+
+
+def test_all_phases_run_and_leave_a_checkpoint_that_loads_and_skips(whole, base):
+    assert [p.name for p in whole.phases] == ["warmup", "routers", "lora"]
+    model = firstlm.from_pretrained(whole.checkpoint, dtype=torch.float32)
+    rows = datasets()["test_dataset"]
+    plans = [
+        model.plan(input_ids=torch.tensor([r["input_ids"][: sum(r["prompt_mask"])]])).skip_plans[0]
+        for r in rows
+    ]
+    rate = sum(p.skip_rate for p in plans) / len(plans)
+    assert rate == pytest.approx(whole.health.skip_rate, abs=1e-6)
+    ids = torch.tensor([rows[0]["input_ids"][:5]])
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 8)
+
+
+def test_the_asked_rate_holds_after_each_phase_on_held_out_prompts(whole):
+    for phase in whole.phases[1:]:
+        assert phase.skip_rate_asked == 0.34
+        assert phase.skip_rate == pytest.approx(0.34, abs=0.02)
+    assert whole.health.skip_rate_asked == 0.34
+
+
+def test_calibrated_rates_are_stored(whole):
+    config = read_router_config(whole.checkpoint)
+    assert set(config.calibration) == {"0.34", "0.50"}
+    assert config.calibration["0.34"] == pytest.approx(config.thresholds)
+
+
+def test_the_log_has_a_line_per_step_with_asked_and_achieved_rate(whole):
+    lines = [r for r in log_of(whole.output_dir) if "loss" in r]
+    assert [r["total_step"] for r in lines] == list(range(1, 151))
+    assert [r["step"] for r in lines if r["phase"] == "lora"] == list(range(1, 61))
+    for record in lines:
+        assert 0 <= record["skip_rate"] < 1 and 0 <= record["skip_rate_asked"] <= 0.34
+        assert record["cross_entropy"] > 0
+
+
+def test_result_and_config_are_written_and_a_second_run_reads_them(whole, base):
+    stored = json.loads((whole.output_dir / "result.json").read_text())
+    assert stored == json.loads(json.dumps(whole.to_json()))
+    before = (whole.output_dir / "train_log.jsonl").stat().st_mtime_ns
+    started = time.perf_counter()
+    again = run(base, str(whole.output_dir))
+    assert again.to_json() == whole.to_json()
+    assert (whole.output_dir / "train_log.jsonl").stat().st_mtime_ns == before
+    assert time.perf_counter() - started < 5
+    assert (whole.output_dir / "health.md").read_text().startswith("| held-out prompts")
+
+
+def test_no_base_weights_and_no_training_state_are_left_over(whole):
+    files = [p for p in whole.output_dir.rglob("*") if p.is_file()]
+    assert not [p for p in files if p.name.startswith(("model", "pytorch_model", "optimizer"))]
+    assert not [p for p in whole.output_dir.rglob("*") if "partial" in p.name]
+
+
+@pytest.mark.parametrize("phase", ["warmup", "routers", "lora"])
+def test_each_phase_alone_is_possible(phase, base, tmp_path):
+    result = run(base, str(tmp_path / "run"), phases=[phase], **SMALL)
+    assert [p.name for p in result.phases] == [phase]
+    assert (result.checkpoint / "adapter").is_dir() == (phase != "routers")
+    firstlm.from_pretrained(result.checkpoint)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "base"])
+@pytest.mark.parametrize("start", ["routers", "lora"])
+def test_training_continues_from_a_checkpoint_of_either_phase(way, start, whole, base, tmp_path):
+    folder = whole.output_dir / start / "final"
+    changes = {"phases": ["lora"], **SMALL, "lora": {"steps": 1, "lr": 1e-9, "rank": 4}}
+    if way == "checkpoint":
+        changes["checkpoint"] = str(folder)
+    result = run(base if way == "checkpoint" else str(folder), str(tmp_path / "run"), **changes)
+    stored, new = weights(folder), weights(result.checkpoint)
+    assert new["router.safetensors"] == stored["router.safetensors"]
+    a = firstlm.from_pretrained(folder, dtype=torch.float32)
+    b = firstlm.from_pretrained(result.checkpoint, dtype=torch.float32)
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
+
+
+def test_routers_start_from_importance_and_move(whole):
+    model = firstlm.from_pretrained(whole.checkpoint, dtype=torch.float32)
+    assert whole.health.distance > 0.01
+    moved = {layer.layer: layer.distance for layer in whole.health.layers}
+    assert moved[0] == 0.0 and all(moved[i] > 0 for i in range(1, 6))
+    importance = json.loads((whole.output_dir / "importance.json").read_text())
+    assert set(importance) == {"warmup", "routers"} and len(importance["routers"]) == 6
+    assert len(router_state_dict(model)) == 12
+
+
+def test_routers_can_start_from_searched_plans(base, tmp_path):
+    changes = SMALL | {"router": {"protected": [0], "keep_bias": "plans"}}
+    changes |= {"plan_search_examples": 4, "plan_search_trials": 3, "phases": ["routers"]}
+    result = run(base, str(tmp_path / "run"), **changes)
+    plans = json.loads((result.output_dir / "task_plans.json").read_text())
+    assert [len(kept) for kept in plans["tasks"].values()] == [4]
+
+
+def test_epochs_count_passes_over_the_examples(base, tmp_path):
+    changes = SMALL | {"lora": {"epochs": 1.5, "rank": 4}, "phases": ["lora"]}
+    assert run(base, str(tmp_path / "run"), **changes).phases[0].steps == 19  # 75 of batches of 4
+
+
+# ---- interruptions ----
+
+
+def start(base: str, folder: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    script = Path(__file__).parent / "train_once.py"
+    return subprocess.Popen(
+        [sys.executable, str(script), base, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(folder: Path, phase: str, step: int, process: subprocess.Popen) -> None:
+    """Returns once the run has logged that step."""
+    while process.poll() is None:
+        log = folder / "train_log.jsonl"
+        if log.is_file():
+            for line in log.read_text().splitlines():
+                if line.endswith("}"):
+                    record = json.loads(line)
+                    if record["phase"] == phase and record["step"] >= step:
+                        return
+        time.sleep(0.01)
+    raise AssertionError(f"the run ended before it was interrupted: {process.communicate()}")
+
+
+def test_ctrl_c_sigterm_and_sigkill_then_the_same_command_gives_the_same_weights(
+    whole, base, tmp_path
+):
+    folder = tmp_path / "cut"
+    for number, phase, step in (
+        (signal.SIGTERM, "routers", 10),
+        (signal.SIGINT, "lora", 8),
+        (signal.SIGKILL, "lora", 30),
+    ):
+        process = start(base, folder)
+        wait_for(folder, phase, step, process)
+        process.send_signal(number)
+        output, errors = process.communicate()
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == 128 + number, errors
+            assert f"of phase '{phase}'" in output and "same command again" in output
+    (folder / "lora" / ".checkpoint-49.partial").mkdir()  # killed while it was writing
+    result = run(base, str(folder))
+    assert weights(result.checkpoint) == weights(whole.checkpoint)
+    assert read_router_config(result.checkpoint) == read_router_config(whole.checkpoint)
+    ours, theirs = log_of(folder), log_of(whole.output_dir)
+    assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+
+
+def test_a_folder_with_a_run_of_other_settings_is_left_alone(whole, base):
+    with pytest.raises(ValueError, match=r"other settings \(skip_rate\).*overwrite=true"):
+        run(base, str(whole.output_dir), skip_rate=0.5)
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(base, str(whole.output_dir), resume=False)
+
+
+def test_overwrite_starts_anew(base, tmp_path):
+    changes = {"phases": ["warmup"], **SMALL}
+    run(base, str(tmp_path / "run"), **changes)
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    result = run(base, str(tmp_path / "run"), **changes, seed=5, resume=False, overwrite=True)
+    assert [p.name for p in result.phases] == ["warmup"]
+    assert (tmp_path / "run" / "thesis.txt").is_file()
+
+
+def test_wrong_settings_stop_before_anything_is_written(base, tmp_path):
+    with pytest.raises(ValueError, match=r"lora\.lr=-1"):
+        run(base, str(tmp_path / "run"), lora={"lr": -1.0})
+    with pytest.raises(ValueError, match=r"did you mean 'lora\.steps'"):
+        firstlm.train(base=base, output_dir=str(tmp_path / "run"), lora={"step": 3})
+    assert not (tmp_path / "run").exists()
+
+
+# ---- controls ----
+
+
+@pytest.mark.parametrize(
+    ("control", "plan", "steps", "kept"),
+    [
+        ("lora_only", "importance", [8], 6),
+        ("static", "importance", [2, 6], 4),
+        ("static", "greedy", [2, 6], 4),
+        ("static", [0, 1, 4, 5], [2, 6], 4),
+    ],
+)
+def test_controls_train_for_as_many_steps_and_carry_their_plan(
+    control, plan, steps, kept, base, tmp_path
+):
+    result = run(base, str(tmp_path / "run"), control=control, control_plan=plan, **SMALL)
+    assert [p.steps for p in result.phases] == steps
+    assert result.health.distinct_plans == 1
+    model = firstlm.from_pretrained(result.checkpoint)
+    chosen = model.plan(input_ids=torch.tensor([[5, 6, 7]])).skip_plans[0]
+    assert len(chosen.kept) == kept
+    if isinstance(plan, list):
+        assert list(chosen.kept) == plan
+
+
+def test_the_most_kept_layers_of_a_run_make_a_static_control(whole, base, tmp_path):
+    changes = {"control": "static", "control_plan": f"most_kept:{whole.output_dir}", **SMALL}
+    result = run(base, str(tmp_path / "run"), **changes)
+    shares = [layer.kept for layer in whole.health.layers]
+    plan = json.loads((result.output_dir / "control_plan.json").read_text())["kept"]
+    assert min(shares[i] for i in plan) >= max(shares[i] for i in range(6) if i not in plan)
+    with pytest.raises(FileNotFoundError, match=r"no health\.json"):
+        run(base, str(tmp_path / "b"), **changes | {"control_plan": "most_kept:nowhere"})
+
+
+def test_importance_is_the_rise_of_cross_entropy_and_makes_a_plan():
+    from tiny_models import routed_model
+    from tiny_training import COLLATOR
+
+    model, rows = routed_model("llama"), examples(6)
+    importance = measure_importance(model, rows, COLLATOR, batch_size=4)
+    batch = COLLATOR(rows)
+    with torch.no_grad():
+        full = model(**batch, skip_plan=firstlm.SkipPlan.full(6), use_cache=False).loss
+        without = firstlm.SkipPlan((0, 1, 2, 4, 5), 6)
+        rise = model(**batch, skip_plan=without, use_cache=False).loss - full
+    assert importance[3] == pytest.approx(rise.item(), abs=1e-6)
+    plan = importance_plan([0.1, 0.5, -0.1, 0.3, 0.2, 0.4], 1 / 3, protected=[0])
+    assert plan == [True, True, False, True, False, True]
+    assert most_kept_plan([1.0, 0.2, 0.9, 0.1, 0.8, 1.0], 1 / 3, [0]) == [
+        True, False, True, False, True, True,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="protect fewer"):
+        layers_to_drop(0.94, 6, [0])
+
+
+def test_importance_bias_starts_routers_at_the_static_plan():
+    importance = [9.0, 0.5, -0.1, 0.3, 0.2, 0.4]
+    bias = importance_bias(importance, 1 / 3, spread=2.0, protected=[0])
+    assert [b >= 0 for b in bias] == importance_plan(importance, 1 / 3, [0])
+    assert sorted(range(1, 6), key=lambda i: bias[i]) == [2, 4, 3, 5, 1]
+
+
+# ---- data ----
+
+
+def test_a_jsonl_file_without_splits_lends_examples_to_each_set(tmp_path, base):
+    rows = [{"prompt": f"say {i}", "answer": str(i), "id": f"n{i}"} for i in range(200)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tokens = _CountingTokenizer()
+    sets = load_train_data(DataConfig(train=str(file)), tokens, None, {}, 0, progress=False)
+    named = [set(getattr(sets, name).ids) for name in ("train", "validation", "test")]
+    assert len(named[0] | named[1] | named[2]) == 200 == sum(map(len, named))
+    assert min(map(len, named)) >= 3
+    again = load_train_data(DataConfig(train=str(file)), tokens, None, {}, 1, progress=False)
+    assert again.test.ids == sets.test.ids
+
+
+def test_a_datasets_object_is_taken_as_it_is_and_long_examples_are_counted():
+    table = hf_datasets.Dataset.from_list(
+        [{"prompt": "word " * n, "answer": "a b", "id": str(n)} for n in (2, 3, 300)]
+    )
+    given = {"train": table, "validation": table, "test": table}
+    sets = load_train_data(DataConfig(max_length=50), _CountingTokenizer(), None, given, 0, False)
+    assert len(sets.train) == 2 and sets.too_long == {"train": 1, "validation": 1, "test": 1}
+    assert sets.prompts(sets.train)[0] == sets.train[0]["input_ids"][:2]
+
+
+def test_files_in_a_mixture_need_named_held_out_sets(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    config = DataConfig(train=["debian-synopsis", str(file)])
+    with pytest.raises(ValueError, match=r"name data\.validation"):
+        load_train_data(config, _CountingTokenizer(), None, {}, 0, progress=False)
+
+
+def test_shipped_corpora_give_their_own_splits():
+    config = DataConfig(train="debian-synopsis", max_examples=20, validation_prompts=5)
+    sets = load_train_data(config, _CountingTokenizer(), None, {}, 0, progress=False)
+    assert len(sets.train) == 20 and len(sets.validation) == 5
+    assert sets.test.ids[0] == load_corpus("debian-synopsis", "test")[0]["id"]
+
+
+class _CountingTokenizer:
+    """One token a word: what load_train_data needs of a tokenizer."""
+
+    chat_template = None
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1 + len(word) for word in text.split()]}
+
+
+# ---- files ----
+
+
+def test_files_and_folders_are_whole_or_absent(tmp_path):
+    write_text(tmp_path / "a" / "b.txt", "one")
+    write_text(tmp_path / "a" / "b.txt", "two")
+    assert (tmp_path / "a" / "b.txt").read_text() == "two"
+    with staged_folder(tmp_path / "f") as staging:
+        (staging / "x").write_text("old")
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "f") as staging:
+        (staging / "x").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "f" / "x").read_text() == "old"
+    with staged_folder(tmp_path / "f") as staging:
+        (staging / "y").write_text("new")
+    assert [p.name for p in (tmp_path / "f").iterdir()] == ["y"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "f"]
+
+
+def test_settings_of_the_tests_are_valid(base):
+    firstlm.TrainConfig.from_dict(settings(base, "x")).validate()
