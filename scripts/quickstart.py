@@ -47,9 +47,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts to answer")
     parser.add_argument("--answer-tokens", type=int, default=24, help="longest answer")
     parser.add_argument(
-        "--timed-prompts", type=int, default=8, help="prompts to measure latency on"
+        "--timed-prompts", type=int, default=6, help="prompts to measure latency on"
     )
-    parser.add_argument("--timed-tokens", type=int, default=32, help="tokens of each measurement")
+    parser.add_argument("--timed-tokens", type=int, default=24, help="tokens of each measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each prompt")
     return parser.parse_args(arguments)
 
@@ -215,8 +215,7 @@ class Quickstart:
         import firstlm
         from firstlm.tokenizer import load_tokenizer
 
-        dtype = getattr(torch, self.config.dtype)
-        model = firstlm.from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
+        model = firstlm.from_pretrained(checkpoint, dtype=self.config.dtype, merge_adapter=True)
         if self.config.device is not None:
             model.to(self.config.device)
         elif torch.accelerator.is_available():
@@ -305,8 +304,8 @@ def examples_of(answers: dict[str, Any], examples: Any, count: int = 3) -> str:
     return "\n".join(lines)
 
 
-def table(summary: dict[str, Any], asked: float) -> str:
-    """The figures for a reader."""
+def rows_of(summary: dict[str, Any], asked: float | None = None) -> list[tuple[str, str, str]]:
+    """The figures as rows: name, without skipping, FiRST."""
 
     def time_row(name: str, key: str) -> tuple[str, str, str]:
         full, routed = summary[key]["full"], summary[key]["routed"]
@@ -315,21 +314,33 @@ def table(summary: dict[str, Any], asked: float) -> str:
 
     layers, rouge = summary["layers"], summary["rouge_l"]
     kv = {arm: summary["kv_bytes"][arm]["median"] for arm in ("full", "routed")}
-    rows = [
+    asked_for = "" if asked is None else f" (asked: {asked:.0%})"
+    return [
         ("", "without skipping", "FiRST"),
-        ("skip rate", "0 %", f"{summary['skip_rate']:.1%} (asked: {asked:.0%})"),
+        ("skip rate", "0 %", f"{summary['skip_rate']:.1%}{asked_for}"),
         ("distinct plans", "1", f"{summary['distinct_plans']} over {summary['prompts']} prompts"),
-        ("layer calls per token", f"{layers}", f"{summary['layer_calls_per_token']:.2f} (counted)"),
-        ("ROUGE-L, untrained base", f"{rouge['base']:.3f}", ""),
-        ("ROUGE-L, LoRA of as many steps", f"{rouge['lora']:.3f}", f"{rouge['first']:.3f}"),
+        ("layer calls per token, counted", f"{layers}", f"{summary['layer_calls_per_token']:.2f}"),
+        ("ROUGE-L, base, not finetuned", f"{rouge['base']:.3f}", ""),
+        ("ROUGE-L, LoRA, as many steps", f"{rouge['lora']:.3f}", f"{rouge['first']:.3f}"),
         time_row("TPOT, batch 1, median", "tpot_ms"),
         time_row("TTFT, batch 1, median", "ttft_ms"),
         ("KV bytes, median", f"{kv['full']:,.0f}", f"{kv['routed']:,.0f}"),
     ]
+
+
+def table(summary: dict[str, Any], asked: float) -> str:
+    """The figures for a terminal."""
+    rows = rows_of(summary, asked)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     rule = "-" * (sum(widths) + 4)
     return "\n".join(["", lines[0], rule, *lines[1:]])
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The figures as the README shows them."""
+    head, *rows = ["| " + " | ".join(row) + " |" for row in rows_of(summary)]
+    return "\n".join([head, "|---|---|---|", *rows])
 
 
 def say(text: str) -> None:
