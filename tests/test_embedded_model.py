@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from firstlm import embedded_model
 from safetensors.torch import load_file
-from tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from firstlm import embedded_model
+from tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import firstlm
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import firstlm
 from firstlm import measure
 from firstlm.skip_plan import SkipPlan
 from tiny_gguf import draw_routers, tiny_model_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["a", "What is a package?", "Summarize this: a longer text of words.", "b c", "1 + 1 ="]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from firstlm import embedded_model
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from firstlm import embedded_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (

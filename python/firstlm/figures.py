@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from firstlm.atomic import write_json
 
 SCHEMA_VERSION = 1
