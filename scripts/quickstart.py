@@ -296,10 +296,12 @@ def examples_of(answers: dict[str, Any], examples: Any, count: int = 3) -> str:
     lines = []
     for i in shown:
         prompt, _ = prompt_and_answer(examples[i])
-        question = " ".join(str(prompt[-1]["content"]).split())
+        # The instruction is every prompt's first line; what tells them apart comes after it.
+        text = str(prompt[-1]["content"]).partition("\n")
+        question = " ".join((text[2] or text[0]).split())
         lines += [
-            f"{plans[i]}  {question[:70]}…",
-            f"{'':>{plans[i].num_layers}}  → {answers['texts'][i]}",
+            f"{plans[i]}  {question[:90]}",
+            f"{'':{plans[i].num_layers}}  → {answers['texts'][i]}",
         ]
     return "\n".join(lines)
 
