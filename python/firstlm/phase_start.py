@@ -6,9 +6,11 @@ same numbers without measuring again.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,6 +164,8 @@ class PhaseStarts:
                     config.skip_rate,
                     trials=config.plan_search_trials,
                     seed=config.seed,
+                    common=self._given_common_plan(),
+                    importance=(self.folder.read("importance.json") or {}).get("warmup"),
                     progress=update,
                 )
             plans = {"common": _kept(common), "tasks": {t: _kept(p) for t, p in found.items()}}
@@ -180,6 +184,16 @@ class PhaseStarts:
                 progress=update,
             )
         self.model.set_thresholds([0.5] * masks.shape[1])
+
+    def _given_common_plan(self) -> list[bool] | None:
+        """The plan of the static control that the config names, if any."""
+        if self.config.plan_search_common is None:
+            return None
+        path = Path(self.config.plan_search_common) / "control_plan.json"
+        if not path.is_file():
+            raise ValueError(f"plan_search_common: {path} does not exist; train that control first")
+        kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
+        return [layer in kept for layer in range(len(self.model.decoder_layers))]
 
     def _task_groups(self) -> tuple[dict[str, list[Any]], dict[str, float]]:
         """Training rows of every task that plans are measured on, and what each row stands for."""

@@ -89,6 +89,8 @@ def search_task_plans(
     *,
     trials: int,
     seed: int,
+    common: Sequence[bool] | None = None,
+    importance: Sequence[float] | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[bool], dict[str, list[bool]]]:
@@ -103,23 +105,28 @@ def search_task_plans(
         groups: task -> encoded rows.
         weights: task -> how many times its rows stand in the mixture for each row in `groups`.
         trials: moves tried for the common plan, and as many for every task.
+        common: keep mask [L] to depart from; searched if not given.
+        importance: [L], makes cheap layers likelier in a trial; measured if not given.
 
     Returns:
         The common keep mask [L], and task -> keep mask [L].
     """
     everything = [row for rows in groups.values() for row in rows]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    importance = measure_importance(model, everything, collator, **options)
-    common, _ = search_plan(
-        model,
-        everything,
-        collator,
-        skip_rate,
-        trials=trials,
-        seed=seed,
-        importance=importance,
-        **options,
-    )
+    if importance is None:
+        importance = measure_importance(model, everything, collator, **options)
+    if common is None:
+        common, _ = search_plan(
+            model,
+            everything,
+            collator,
+            skip_rate,
+            trials=trials,
+            seed=seed,
+            importance=importance,
+            **options,
+        )
+    common = list(common)
     if len(groups) == 1:
         return common, {task: common for task in groups}
     protected = protected_layers(model)

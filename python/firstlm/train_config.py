@@ -218,6 +218,10 @@ class TrainConfig:
     plan_search_examples: int = setting(
         64, "plans: training examples of each task that whole plans are measured on"
     )
+    plan_search_common: str | None = setting(
+        None,
+        "plans: run folder of a static control, whose plan the tasks depart from; default: searched",
+    )
     plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "rates that generate(budget=...) finds in the checkpoint"
