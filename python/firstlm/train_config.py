@@ -220,7 +220,7 @@ class TrainConfig:
     )
     plan_search_common: str | None = setting(
         None,
-        "plans: run folder of a static control, whose plan the tasks depart from; default: searched",
+        "plans: run folder of a static control, whose plan tasks depart from; default: searched",
     )
     plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(
