@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     from firstlm import figures
 
     path = Path(f"{options.output}.json")
-    settings = {"prompts": options.prompts, "answers": options.answers, "data": options.data}
+    settings = {"prompts": options.prompts, "data": options.data, "dtype": options.dtype}
     known = figures.read(path) if path.is_file() else {}
     rows = known.get("runs", {}) if known.get("settings") == settings else {}
     examples: dict[str, dict[str, list[float]]] = (
@@ -45,10 +45,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="output_dir of a run")
     parser.add_argument("--output", type=Path, required=True, help="without .json")
     parser.add_argument("--data", nargs="+", default=["debian-synopsis", "debian-en-de"])
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
     parser.add_argument("--prompts", type=int, default=500, help="test examples of each corpus")
-    parser.add_argument(
-        "--answers", type=int, default=500, help="... that are answered for ROUGE-L"
-    )
     parser.add_argument("--max-length", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0, help="of shuffling and of the bootstrap")
     options = parser.parse_args(arguments)
@@ -69,82 +67,76 @@ def measure_run(
     from firstlm.scoring import score
     from firstlm.tokenizer import load_tokenizer
 
-    model = firstlm.from_pretrained(checkpoint, dtype=torch.float32, merge_adapter=True)
+    dtype = getattr(torch, options.dtype)
+    model = firstlm.from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
     tokenizer = load_tokenizer(checkpoint)
-    row: dict[str, Any] = {"checkpoint": str(checkpoint), "tasks": {}}
-    all_scores, all_rouge = {}, {}
+    collator = PromptAnswerCollator(tokenizer)
+    rows: list[Any] = []
+    tasks: list[str] = []
     for task in options.data:
         corpus = load_corpus(task, "test", max_examples=options.prompts)
         encoded = encode_dataset(corpus, tokenizer, options.max_length, progress=False)
-        all_scores[task] = score(model, encoded, PromptAnswerCollator(tokenizer))
-        found = measure.answer(
-            model,
-            tokenizer,
-            [example["prompt"] for example in corpus.select(range(options.answers))],
-            max_new_tokens=96,
-            batch_size=16,
-            progress=f"answers to {task}",
-        )
-        references = [example["answer"] for example in corpus.select(range(options.answers))]
-        all_rouge[task] = measure.rouge_l(found.texts, references)
-        row["tasks"][task] = {
-            "cross_entropy": all_scores[task].cross_entropy,
-            "rouge_l": float(np.mean(all_rouge[task])),
-            "skip_rate": all_scores[task].skip_rate,
-            "layer_calls_per_token": found.layer_calls_per_token,
-            "n": len(all_scores[task].loss),
-            "n_rouge_l": len(references),
-        }
-        shuffled = shuffled_within(all_scores[task].keep_mask, options.seed)
-        other = score(model, encoded, PromptAnswerCollator(tokenizer), keep_mask=shuffled)
-        row["tasks"][task]["cross_entropy_shuffled_within"] = other.cross_entropy
-    loss = torch.cat([s.loss for s in all_scores.values()])
-    tokens = torch.cat([s.tokens for s in all_scores.values()])
-    mask = torch.cat([s.keep_mask for s in all_scores.values()])
-    shuffled_loss = shuffled_over_all(model, tokenizer, options, mask)
-    share = mask.double().mean(0)
+        rows += [encoded[i] for i in range(len(encoded))]
+        tasks += [task] * len(encoded)
+    own = score(model, rows, collator)
+    everyone = torch.arange(len(rows))
+    groups = [torch.tensor([i for i, t in enumerate(tasks) if t == task]) for task in options.data]
+    dealt = {"any": own.loss, "within": own.loss}
+    if own.distinct_plans > 1:
+        for name, parts in (("any", [everyone]), ("within", groups)):
+            mask = own.keep_mask.clone()
+            for part in parts:
+                mask[part] = own.keep_mask[part[shuffle(len(part), options.seed)]]
+            dealt[name] = score(model, rows, collator, keep_mask=mask).loss
+    row = {"checkpoint": str(checkpoint), **summary(own, dealt, everyone), "tasks": {}}
+    for task, part in zip(options.data, groups, strict=True):
+        row["tasks"][task] = summary(own, dealt, part)
+    corpus = load_corpus(options.data[0], "test", max_examples=options.prompts)
+    found = measure.answer(
+        model,
+        tokenizer,
+        list(corpus["prompt"]),
+        max_new_tokens=40,
+        batch_size=16,
+        progress=f"answers to {options.data[0]}",
+    )
+    rouge_l = measure.rouge_l(found.texts, list(corpus["answer"]))
+    row["tasks"][options.data[0]] |= {
+        "rouge_l": float(np.mean(rouge_l)),
+        "layer_calls_per_token": found.layer_calls_per_token,
+    }
+    examples = {
+        "loss": own.loss.tolist(),
+        "tokens": own.tokens.tolist(),
+        "shuffled_loss": dealt["any"].tolist(),
+        "rouge_l": rouge_l,
+    }
+    return row, examples
+
+
+def shuffle(count: int, seed: int) -> torch.Tensor:
+    """An order of `count` examples that leaves none in its place."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order.roll(1)[order.argsort()]
+
+
+def summary(own: Any, dealt: dict[str, torch.Tensor], part: torch.Tensor) -> dict[str, Any]:
+    """Figures over the examples `part`; `dealt`: their loss under other examples' plans."""
+    loss, tokens, mask = own.loss[part], own.tokens[part], own.keep_mask[part]
     skipped = (~mask).double().mean(1)
-    row |= {
+    share = mask.double().mean(0)
+    return {
+        "n": len(part),
         "cross_entropy": (loss.sum() / tokens.sum()).item(),
         "cross_entropy_by_sequence": (loss / tokens).mean().item(),
-        "cross_entropy_shuffled": (shuffled_loss.sum() / tokens.sum()).item(),
-        "rouge_l": float(np.mean([np.mean(values) for values in all_rouge.values()])),
+        "cross_entropy_shuffled": (dealt["any"][part].sum() / tokens.sum()).item(),
+        "cross_entropy_shuffled_within": (dealt["within"][part].sum() / tokens.sum()).item(),
         "skip_rate": skipped.mean().item(),
         "skip_rate_by_answer_token": ((skipped * tokens).sum() / tokens.sum()).item(),
         "distinct_plans": len({tuple(keep) for keep in mask.tolist()}),
         "undecided_layers": int(((share > 0.05) & (share < 0.95)).sum()),
         "keep_share": share.tolist(),
     }
-    examples = {
-        "loss": loss.tolist(),
-        "tokens": tokens.tolist(),
-        "shuffled_loss": shuffled_loss.tolist(),
-        "rouge_l": [value for values in all_rouge.values() for value in values],
-    }
-    return row, examples
-
-
-def shuffled_within(mask: torch.Tensor, seed: int) -> torch.Tensor:
-    """The rows of `mask` dealt to other examples."""
-    order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
-    return mask[order.roll(1)][order.argsort()]
-
-
-def shuffled_over_all(
-    model: Any, tokenizer: Any, options: argparse.Namespace, mask: torch.Tensor
-) -> torch.Tensor:
-    """Loss of every example under the plan of another example of any task."""
-    from firstlm.corpus import load_corpus
-    from firstlm.data import PromptAnswerCollator, encode_dataset
-    from firstlm.scoring import score
-
-    rows = []
-    for task in options.data:
-        corpus = load_corpus(task, "test", max_examples=options.prompts)
-        encoded = encode_dataset(corpus, tokenizer, options.max_length, progress=False)
-        rows += [encoded[i] for i in range(len(encoded))]
-    shuffled = shuffled_within(mask, options.seed)
-    return score(model, rows, PromptAnswerCollator(tokenizer), keep_mask=shuffled).loss
 
 
 def write(
@@ -175,8 +167,14 @@ def compare(first: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str
     """Paired differences `first - other`, with 95 % intervals over resampled examples."""
     return {
         "cross_entropy": bootstrap_ratio(first["loss"], other["loss"], first["tokens"], seed),
+        "cross_entropy_by_sequence": bootstrap_ratio(
+            np.divide(first["loss"], first["tokens"]),
+            np.divide(other["loss"], other["tokens"]),
+            np.ones(len(first["loss"])),
+            seed,
+        ),
         "rouge_l": bootstrap_ratio(
-            first["rouge_l"], other["rouge_l"], [1] * len(first["rouge_l"]), seed
+            first["rouge_l"], other["rouge_l"], np.ones(len(first["rouge_l"])), seed
         ),
     }
 
@@ -198,28 +196,28 @@ def bootstrap_ratio(
 def table(record: dict[str, Any]) -> str:
     """The rows and the differences as Markdown."""
     lines = [
-        "| run | skip rate | plans | undecided layers | cross-entropy | by sequence | shuffled "
-        "| ROUGE-L |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | skip rate, by prompt / answer token | plans | layers kept for 5-95 % | CE, by token "
+        "/ prompt | shuffled, all / within task | ROUGE-L |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, row in record["runs"].items():
-        lines.append(
-            f"| {name} | {row['skip_rate']:.1%} | {row['distinct_plans']} | "
-            f"{row['undecided_layers']} | {row['cross_entropy']:.3f} | "
-            f"{row['cross_entropy_by_sequence']:.3f} | {row['cross_entropy_shuffled']:.3f} | "
-            f"{row['rouge_l']:.3f} |"
-        )
-        for task, part in row["tasks"].items():
+    for name, run in record["runs"].items():
+        parts = {name: run} | {f"… {task}": part for task, part in run["tasks"].items()}
+        for title, part in parts.items():
+            rouge = f"{part['rouge_l']:.3f}" if "rouge_l" in part else ""
             lines.append(
-                f"| … {task} | {part['skip_rate']:.1%} | | | {part['cross_entropy']:.3f} | | "
-                f"{part['cross_entropy_shuffled_within']:.3f} | {part['rouge_l']:.3f} |"
+                f"| {title} | {part['skip_rate']:.1%} / {part['skip_rate_by_answer_token']:.1%} "
+                f"| {part['distinct_plans']} | {part['undecided_layers']} "
+                f"| {part['cross_entropy']:.3f} / {part['cross_entropy_by_sequence']:.3f} "
+                f"| {part['cross_entropy_shuffled']:.3f} / "
+                f"{part['cross_entropy_shuffled_within']:.3f} | {rouge} |"
             )
     first = next(iter(record["runs"]))
     for other, parts in record["differences"].items():
         for metric, value in parts.items():
             low, high = value["ci95"]
             lines.append(
-                f"\n{first} - {other}, {metric}: {value['delta']:+.3f} [{low:+.3f}, {high:+.3f}], "
+                f"\n{first} - {other}, {metric}: {value['delta']:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}], "
                 f"n = {value['n']}"
             )
     return "\n".join(lines)
