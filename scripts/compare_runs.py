@@ -196,8 +196,8 @@ def bootstrap_ratio(
 def table(record: dict[str, Any]) -> str:
     """The rows and the differences as Markdown."""
     lines = [
-        "| run | skip rate, by prompt / answer token | plans | layers kept for 5-95 % | CE, by token "
-        "/ prompt | shuffled, all / within task | ROUGE-L |",
+        "| run | skip rate, by prompt / answer token | plans | layers kept for 5-95 % "
+        "| CE, by token / prompt | shuffled, all / within task | ROUGE-L |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, run in record["runs"].items():
