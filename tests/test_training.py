@@ -21,14 +21,14 @@ from firstlm.controls import (
     importance_bias,
     importance_plan,
     layers_to_drop,
-    measure_importance,
     most_kept_plan,
 )
 from firstlm.data import load_corpus
+from firstlm.layer_importance import measure_importance
 from firstlm.train_config import DataConfig
 from firstlm.train_data import load_train_data
-from tiny_models import tiny_base_path
-from tiny_training import examples
+from tiny_models import routed_model, tiny_base_path
+from tiny_training import COLLATOR, examples
 from train_once import datasets, run, settings
 
 SMALL = {
@@ -284,18 +284,24 @@ def test_the_most_kept_layers_of_a_run_make_a_static_control(whole, base, tmp_pa
         run(base, str(tmp_path / "b"), **changes | {"control_plan": "most_kept:nowhere"})
 
 
-def test_importance_is_the_rise_of_cross_entropy_and_makes_a_plan():
-    from tiny_models import routed_model
-    from tiny_training import COLLATOR
-
-    model, rows = routed_model("llama"), examples(6)
-    importance = measure_importance(model, rows, COLLATOR, batch_size=4)
+@pytest.mark.parametrize("prefill", ["route", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_importance_is_the_rise_of_cross_entropy_without_the_layer(family, prefill):
+    model = routed_model(family, router=firstlm.RouterConfig(prefill=prefill), draw=False)
+    rows = examples(6)
+    calls = []
+    importance = measure_importance(model, rows, COLLATOR, batch_size=4, progress=calls.append)
+    assert sum(calls) == 6
     batch = COLLATOR(rows)
     with torch.no_grad():
         full = model(**batch, skip_plan=firstlm.SkipPlan.full(6), use_cache=False).loss
-        without = firstlm.SkipPlan((0, 1, 2, 4, 5), 6)
-        rise = model(**batch, skip_plan=without, use_cache=False).loss - full
-    assert importance[3] == pytest.approx(rise.item(), abs=1e-6)
+        for layer in range(6):
+            plan = firstlm.SkipPlan(tuple(i for i in range(6) if i != layer), 6)
+            rise = model(**batch, skip_plan=plan, use_cache=False).loss - full
+            assert importance[layer] == pytest.approx(rise.item(), abs=2e-6), layer
+
+
+def test_static_plans_drop_the_least_and_keep_the_protected():
     plan = importance_plan([0.1, 0.5, -0.1, 0.3, 0.2, 0.4], 1 / 3, protected=[0])
     assert plan == [True, True, False, True, False, True]
     assert most_kept_plan([1.0, 0.2, 0.9, 0.1, 0.8, 1.0], 1 / 3, [0]) == [

@@ -33,39 +33,6 @@ def layers_to_drop(skip_rate: float, num_layers: int, protected: Sequence[int]) 
     return count
 
 
-def measure_importance(
-    model: Any,
-    examples: Sequence[Any],
-    collator: Collator,
-    *,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> list[float]:
-    """Rise of the answer cross-entropy (nats per token) when one layer alone is skipped.
-
-    Protected layers are measured too: the table is worth showing. Costs L + 1 forward passes.
-
-    Returns:
-        [L], of `model` as it is, adapter included; its routers play no part.
-    """
-    num_layers = len(model.decoder_layers)
-    everything = torch.ones(num_layers, dtype=torch.bool)
-
-    def cross_entropy(keep: torch.Tensor) -> float:
-        scores = score(model, examples, collator, batch_size=batch_size, keep_mask=keep)
-        if progress is not None:
-            progress(1)
-        return scores.cross_entropy
-
-    full = cross_entropy(everything)
-    rises = []
-    for layer in range(num_layers):
-        keep = everything.clone()
-        keep[layer] = False
-        rises.append(cross_entropy(keep) - full)
-    return rises
-
-
 def importance_plan(
     importance: Sequence[float], skip_rate: float, protected: Sequence[int]
 ) -> list[bool]:

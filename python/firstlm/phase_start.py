@@ -24,10 +24,10 @@ from firstlm.controls import (
     importance_bias,
     importance_plan,
     keep_share_of_run,
-    measure_importance,
     most_kept_plan,
     set_keep_bias,
 )
+from firstlm.layer_importance import measure_importance
 from firstlm.phases import (
     Phase,
     fixed_plan_phase,
@@ -233,7 +233,7 @@ class PhaseStarts:
         if when not in known:
             count = min(self.config.importance_examples, len(self.data.validation))
             examples = [self.data.validation[i] for i in range(count)]
-            with self.bar("layer importance", len(self.model.decoder_layers) + 1) as update:
+            with self.bar("layer importance", len(self.model.decoder_layers)) as update:
                 known[when] = measure_importance(
                     self.model, examples, self.data.collator, progress=update
                 )

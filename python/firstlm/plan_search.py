@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from firstlm import ops
-from firstlm.controls import importance_plan, layers_to_drop, measure_importance
+from firstlm.controls import importance_plan, layers_to_drop
+from firstlm.layer_importance import measure_importance
 from firstlm.phases import protected_layers
 from firstlm.scoring import Collator, score
 

@@ -85,7 +85,7 @@ def score(
             chosen = by_length[start : start + batch_size]
             batch = collator([rows[i] for i in chosen])
             plan = None if keep_mask is None else keep_mask[chosen]
-            parts.append(_score_batch(model, batch, gate, plan))
+            parts.append(score_batch(model, batch, gate, plan))
             order += chosen
             if progress is not None:
                 progress(len(chosen))
@@ -96,9 +96,10 @@ def score(
     return Scores(loss, tokens, keep_prob, mask)
 
 
-def _score_batch(
+def score_batch(
     model: Any, batch: dict[str, torch.Tensor], gate: str | None, plan: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
+    """One batch of a collator: (loss [B] f64, tokens [B], keep_prob [B, L], keep_mask [B, L])."""
     batch = {name: value.to(model.device) for name, value in batch.items()}
     labels = batch.pop("labels")
     positions = answer_positions(labels)
