@@ -140,7 +140,8 @@ def search_task_plans(
         )
         if progress is not None:
             progress(1)
-        return weights[task] * float(found.loss.sum())
+        # Every prompt counts alike: by tokens, long answers would buy their layers from short ones.
+        return weights[task] * float((found.loss / found.tokens).sum())
 
     plans = {task: list(common) for task in groups}
     losses = {task: loss(task, plan) for task, plan in plans.items()}
