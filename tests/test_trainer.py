@@ -19,6 +19,7 @@ from firstlm.phases import Phase
 from firstlm.rate_control import Multiplier, Ramp, ThresholdFollower
 from firstlm.train_config import DistillConfig
 from firstlm.trainer import NonFiniteLoss, ShuffledSteps, latest_checkpoint
+from firstlm.training import CHECKPOINTING
 from tiny_training import COLLATOR, Rows, examples, learnt_state, make_trainer, model_with_adapter
 
 LAYERS = 6
@@ -167,6 +168,21 @@ def test_gradients_of_1x8_2x4_and_8x1_agree(name, tmp_path):
         same_log(one.state.log_history, other.state.log_history)
 
 
+@pytest.mark.parametrize("name", ["soft routers and adapter", "lora"])
+def test_recomputed_activations_give_the_same_gradients(name, tmp_path):
+    plain, one = gradients(PHASES[name](), tmp_path / "a", steps=2)
+    again, two = gradients(PHASES[name](), tmp_path / "b", steps=2, **{CHECKPOINTING: True})
+    for a, b in zip(plain, again, strict=True):
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-12, msg=key)
+    counts = []
+    for trainer in (one, two):
+        with trainer.model.count_layer_calls() as calls:
+            trainer.train()
+        counts.append(calls.prefill.sum().item())
+    assert counts[1] > 1.5 * counts[0]  # layers did run twice
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bf16_autocast_gives_the_gradients_of_full_precision_within_its_rounding(dtype, tmp_path):
     """Straight-through decisions are hard, so soft gates are compared: no decision can flip."""
@@ -238,21 +254,21 @@ def test_alpha_and_thresholds_move_once_per_optimizer_step_by_the_global_rate(tm
 
 
 def test_the_asked_rate_is_held_while_lora_trains(tmp_path):
-    """Routers read states that LoRA changes; thresholds follow."""
-    rates = {}
+    """Routers read states that LoRA changes (here fast), and plans drift; thresholds follow."""
+    missed = {}
     for hold in ("none", "shared", "per_layer"):
-        model = model_with_adapter()
-        target = 0.5
-        phase = lora_phase(hold, target=lambda step: 0.5)
-        phase.follower.keep_share = [1.0] + [(1 - target) * LAYERS / 5 - 0.2] * 5
-        if hold == "per_layer":
-            target = 1 - sum(phase.follower.keep_share) / LAYERS
-        trainer = make_trainer(model, phase, tmp_path / hold, steps=30, learning_rate=3e-2)
+        phase = lora_phase(hold)
+        phase.follower.window = 32
+        phase.follower.keep_share = [1.0] + [0.4] * 5  # of 6 layers: a rate of 0.5
+        trainer = make_trainer(
+            model_with_adapter(), phase, tmp_path / hold,
+            steps=40, learning_rate=3e-2, rows=examples(64),
+        )  # fmt: skip
         trainer.train()
-        last = [r["skip_rate"] for r in trainer.state.log_history if "skip_rate" in r][-15:]
-        rates[hold] = abs(sum(last) / len(last) - target)
-    assert rates["shared"] < 0.04 and rates["per_layer"] < 0.04
-    assert rates["none"] > 0.04
+        rates = [r["skip_rate"] for r in trainer.state.log_history[20:40]]
+        missed[hold] = abs(sum(rates) / len(rates) - 0.5)
+    assert missed["none"] > 0.12
+    assert missed["shared"] < 0.06 and missed["per_layer"] < 0.06
 
 
 # ---- data order, signals, bad numbers ----

@@ -42,6 +42,13 @@ from firstlm.train_data import TrainData, load_train_data
 from firstlm.train_progress import ProgressAndLog
 from firstlm.trainer import Trainer
 
+# Its name in the transformers that is installed.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
 
 @dataclass
 class PhaseResult:
@@ -400,7 +407,7 @@ def training_arguments(
         optim="adamw_torch",
         bf16=config.precision == "bf16",
         use_cpu=config.device == "cpu",
-        gradient_checkpointing=config.gradient_checkpointing or None,  # False warns of its name
+        **{CHECKPOINTING: config.gradient_checkpointing},
         seed=seed,
         data_seed=seed,
         logging_steps=config.log_every,
