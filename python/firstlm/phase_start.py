@@ -165,6 +165,7 @@ class PhaseStarts:
                     trials=config.plan_search_trials,
                     seed=config.seed,
                     common=self._given_common_plan(),
+                    by_tokens=config.plan_search_by == "tokens",
                     importance=(self.folder.read("importance.json") or {}).get("warmup"),
                     progress=update,
                 )

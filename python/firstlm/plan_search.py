@@ -92,6 +92,7 @@ def search_task_plans(
     seed: int,
     common: Sequence[bool] | None = None,
     importance: Sequence[float] | None = None,
+    by_tokens: bool = False,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[bool], dict[str, list[bool]]]:
@@ -108,6 +109,8 @@ def search_task_plans(
         trials: moves tried for the common plan, and as many for every task.
         common: keep mask [L] to depart from; searched if not given.
         importance: [L], makes cheap layers likelier in a trial; measured if not given.
+        by_tokens: every answer token counts alike, and long answers buy their layers from short
+            ones; else every prompt does.
 
     Returns:
         The common keep mask [L], and task -> keep mask [L].
@@ -140,8 +143,8 @@ def search_task_plans(
         )
         if progress is not None:
             progress(1)
-        # Every prompt counts alike: by tokens, long answers would buy their layers from short ones.
-        return weights[task] * float((found.loss / found.tokens).sum())
+        values = found.loss if by_tokens else found.loss / found.tokens
+        return weights[task] * float(values.sum())
 
     plans = {task: list(common) for task in groups}
     losses = {task: loss(task, plan) for task, plan in plans.items()}

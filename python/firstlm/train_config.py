@@ -222,6 +222,9 @@ class TrainConfig:
         None,
         "plans: run folder of a static control, whose plan tasks depart from; default: searched",
     )
+    plan_search_by: Literal["prompts", "tokens"] = setting(
+        "prompts", "plans: what counts alike when one task buys a layer from another"
+    )
     plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "rates that generate(budget=...) finds in the checkpoint"
