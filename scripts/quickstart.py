@@ -353,7 +353,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted. {interrupt} Run the same command again to go on.", file=sys.stderr)
+        again = "all finished stages are kept: run the same command again to go on"
+        print(f"\ninterrupted: {interrupt}" if str(interrupt) else f"\ninterrupted; {again}")
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
