@@ -31,9 +31,9 @@ def settings(base: str, output_dir: str) -> dict[str, Any]:
         "batch_size": 2,
         "data": {"validation_prompts": 250, "test_prompts": 250},
         "router": {"protected": [0]},
-        "warmup": {"steps": 30},
-        "routers": {"steps": 60, "lr": 0.01, "hold": "shared", "hold_window": 16},
-        "lora": {"steps": 60, "rank": 4, "dropout": 0.1, "hold_window": 16},
+        "warmup": {"steps": 10},
+        "routers": {"steps": 30, "lr": 0.01, "hold": "shared", "hold_window": 16},
+        "lora": {"steps": 40, "rank": 4, "dropout": 0.1, "hold_window": 16},
     }
 
 
