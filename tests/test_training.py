@@ -249,6 +249,24 @@ def test_wrong_settings_stop_before_anything_is_written(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"skip_rate": 0.7, "router": {"protected": [0, 1, 2]}}, "lower skip_rate"),
+        ({"control": "static", "control_plan": [0, 6]}, "from 0 to 5"),
+        ({"control": "static", "control_plan": "most_kept:nowhere"}, "finished run"),
+        ({"router": {"keep_bias": "plans", "head": "mlp"}}, "router.head=linear"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_stop_before_training(
+    changes, complaint, base, tmp_path
+):
+    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+        run(base, str(tmp_path / "run"), **(SMALL | changes))
+    assert not (tmp_path / "run" / "train_log.jsonl").exists()
+    assert not (tmp_path / "run" / "importance.json").exists()
+
+
 # ---- controls ----
 
 

@@ -24,6 +24,7 @@ from firstlm.controls import (
     importance_bias,
     importance_plan,
     keep_share_of_run,
+    layers_to_drop,
     most_kept_plan,
     set_keep_bias,
 )
@@ -104,6 +105,25 @@ class PhaseStarts:
     def bar(self, what: str, total: int | None) -> Any:
         """A progress bar of the run, see train_progress.bar."""
         return bar(what, total, self.config.progress and self.folder.writes)
+
+    def check(self) -> None:
+        """Raises ValueError or FileNotFoundError for settings that do not fit this model."""
+        config, num_layers = self.config, len(self.model.decoder_layers)
+        if config.control != "lora_only":
+            layers_to_drop(config.skip_rate, num_layers, protected_layers(self.model))
+        own = config.checkpoint is None and not is_checkpoint(config.base)
+        if own and config.router.keep_bias == "plans" and config.router.head != "linear":
+            raise ValueError("router.keep_bias=plans fits linear heads: set router.head=linear")
+        if config.control == "static" and not isinstance(config.control_plan, list):
+            if config.control_plan.startswith("most_kept:"):
+                keep_share_of_run(config.control_plan.partition(":")[2])
+        elif config.control == "static":
+            wrong = [i for i in config.control_plan if not 0 <= i < num_layers]
+            if wrong or not config.control_plan:
+                raise ValueError(
+                    f"control_plan={config.control_plan}: must name kept layers from 0 to "
+                    f"{num_layers - 1}"
+                )
 
     def make_phase(self, job: Job) -> Phase:
         """The phase at its start, the model prepared for it; the same again when it is resumed."""
@@ -256,9 +276,6 @@ class PhaseStarts:
         if config.control == "lora_only":
             return [True] * num_layers
         if isinstance(config.control_plan, list):
-            wrong = [i for i in config.control_plan if not 0 <= i < num_layers]
-            if wrong or not config.control_plan:
-                raise ValueError(f"control_plan keeps {wrong}: layers are 0 to {num_layers - 1}")
             return [i in config.control_plan for i in range(num_layers)]
         if config.control_plan.startswith("most_kept:"):
             share, rate = keep_share_of_run(config.control_plan.partition(":")[2])

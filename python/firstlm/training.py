@@ -184,6 +184,7 @@ class _Run:
         per_step = config.batch_size * config.accumulation * self.state.num_processes
         self.jobs = make_jobs(config, len(self.data.train), per_step)
         self.starts = PhaseStarts(config, self.folder, self.model, self.data, self.jobs)
+        self.starts.check()
         results = [self._run_job(job) for job in self.jobs]
         return self._finish(results)
 
