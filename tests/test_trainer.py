@@ -13,12 +13,13 @@ import torch
 from transformers import TrainerCallback
 
 from firstlm import SkipPlan
+from firstlm.data_order import ShuffledSteps
 from firstlm.interrupt import InterruptGuard
 from firstlm.layer_drop import FixedPlan, RandomLayerDrop
 from firstlm.phases import Phase
 from firstlm.rate_control import Multiplier, Ramp, ThresholdFollower
 from firstlm.train_config import DistillConfig
-from firstlm.trainer import NonFiniteLoss, ShuffledSteps, latest_checkpoint
+from firstlm.trainer import NonFiniteLoss, latest_checkpoint
 from firstlm.training import CHECKPOINTING
 from tiny_training import COLLATOR, Rows, examples, learnt_state, make_trainer, model_with_adapter
 

@@ -25,6 +25,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from firstlm.adapter import has_adapter, load_adapter_weights
 from firstlm.atomic import publish_folder, write_json
 from firstlm.checkpoint import ADAPTER_FOLDER, load_routers
+from firstlm.data_order import ShuffledSteps
 from firstlm.interrupt import InterruptGuard
 from firstlm.losses import (
     answer_cross_entropy,
@@ -35,65 +36,13 @@ from firstlm.losses import (
 )
 from firstlm.phases import Phase, protected_layers
 from firstlm.step_stats import StepStats
+from firstlm.trainable import adapter_off, choose_trainable
 
 STATE_FILE = "firstlm_state.json"
-_STEPS_SORTED_TOGETHER = 16  # few enough that a step's lengths stay a fair sample over time
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss or a gradient is NaN or infinite; the message names step and examples."""
-
-
-class ShuffledSteps(Sampler[int]):
-    """Example indices of all steps: permutations of the data set, one after the other.
-
-    The order depends on the seed alone, so 1 x 8, 8 x 1 and 2 processes x 4 see the same examples
-    in the same step, and a resumed run the same as an uninterrupted one.
-
-    Args:
-        num_examples: size of the data set.
-        length: indices to yield, sequences per step x steps.
-        seed: any whole number.
-        lengths: of the examples, in tokens; given, examples of like length share a step.
-        per_step: sequences per optimizer step, over all processes; needed with lengths.
-    """
-
-    def __init__(
-        self,
-        num_examples: int,
-        length: int,
-        seed: int,
-        lengths: Sequence[int] | None = None,
-        per_step: int = 1,
-    ) -> None:
-        self.length = length
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        while len(order) < length:
-            order += torch.randperm(num_examples, generator=generator).tolist()
-        self.order = order[:length]
-        if lengths is not None:
-            chunk = _STEPS_SORTED_TOGETHER * per_step
-            parts = [self.order[i : i + chunk] for i in range(0, length, chunk)]
-            self.order = [
-                i for part in parts for i in _by_length(part, lengths, per_step, generator)
-            ]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def _by_length(
-    part: list[int], lengths: Sequence[int], per_step: int, generator: torch.Generator
-) -> list[int]:
-    """`part` sorted by length, cut into steps, the steps in random order."""
-    ordered = sorted(part, key=lambda i: lengths[i])
-    steps = [ordered[i : i + per_step] for i in range(0, len(ordered), per_step)]
-    shuffled = torch.randperm(len(steps), generator=generator).tolist()
-    return [index for s in shuffled for index in steps[s]]
 
 
 class Trainer(transformers.Trainer):
@@ -422,55 +371,6 @@ class _StepHooks(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
-
-
-def choose_trainable(model: Any, phase: Phase) -> None:
-    """Sets requires_grad of every parameter as the phase asks; the base never learns.
-
-    Raises:
-        ValueError: the phase trains an adapter and the model has none.
-    """
-    protected = set(protected_layers(model))
-    routers = {
-        id(p): index not in protected
-        for index, layer in enumerate(model.decoder_layers)
-        for p in layer.router.parameters()
-    }
-    adapters = 0
-    for name, parameter in model.named_parameters():
-        if id(parameter) in routers:
-            # A protected layer's router decides nothing, so nothing can teach it.
-            parameter.requires_grad_(phase.train_routers and routers[id(parameter)])
-        elif is_adapter(name):
-            adapters += 1
-            parameter.requires_grad_(phase.train_adapter)
-        else:
-            parameter.requires_grad_(False)
-    if phase.train_adapter and not adapters:
-        raise ValueError(
-            f"phase {phase.name!r} trains a LoRA adapter and the model has none: call "
-            "model.add_adapter(LoraConfig(...)) first"
-        )
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of a PEFT LoRA weight."""
-    return "lora_" in name
-
-
-@contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """The model without its adapter; PEFT's own switch would also turn on its gradients."""
-    learns = [(p, p.requires_grad) for n, p in model.named_parameters() if is_adapter(n)]
-    if learns:
-        model.disable_adapters()
-    try:
-        yield
-    finally:
-        if learns:
-            model.enable_adapters()
-        for parameter, flag in learns:
-            parameter.requires_grad_(flag)
 
 
 def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
