@@ -1,0 +1,88 @@
+"""The README's code and commands run as written, and its figures are those of a stored result."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import firstlm
+from firstlm import cli
+from tiny_gguf import draw_routers, tiny_model_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def after_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder as the first run leaves it, but with a checkpoint of a tiny model."""
+    base = tiny_model_folder(tmp_path / "base", layers=6)
+    checkpoint = tmp_path / "runs" / "quickstart" / "checkpoint"
+    model = firstlm.from_pretrained(base)
+    draw_routers(model)
+    model.router_config.calibration = {"0.00": [0.0] * 6, "0.50": [0.5] * 6}
+    model.save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(base).save_pretrained(checkpoint)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_examples_run_as_written(
+    code: str, after_quickstart: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    assert "▮" in capsys.readouterr().out
+
+
+def test_there_is_a_python_example() -> None:
+    assert len(blocks("python")) >= 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("firstlm ")
+    ],
+)
+def test_commands_run_as_written(
+    line: str, after_quickstart: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = shlex.split(line, comments=True)
+    if arguments[1] == "train":
+        arguments.append("--print-config")  # the settings are checked, hours are not spent
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert not exit.value.code
+
+
+def test_scripts_and_linked_files_exist() -> None:
+    for script in re.findall(r"bash (scripts/\S+)", README):
+        assert (ROOT / script).is_file(), script
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_the_table_is_that_of_the_stored_result() -> None:
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    summary = json.loads((ROOT / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    assert quickstart.markdown(summary) in README
