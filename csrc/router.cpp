@@ -148,6 +148,20 @@ void with_element_type(DType dtype, const Body& body) {
   }
 }
 
+// Hands the threads pieces of [B, D]: body(element, row, first column, columns), where `element`
+// only tells the type of the hidden states.
+template <class Body>
+void for_each_block(const HiddenStates& hidden, int threads, const Body& body) {
+  const int team = threads_for(hidden.bytes(), threads);
+  const ColumnBlocks blocks(hidden.B, hidden.D, team);
+  with_element_type(hidden.dtype, [&](auto element) {
+    parallel_for(hidden.B * blocks.count, team, [&](int64_t item) {
+      const int64_t b = item / blocks.count, block = item % blocks.count;
+      body(element, b, blocks.begin(block), blocks.size(block));
+    });
+  });
+}
+
 float dot(const Kernels& kernels, const float* a, const float* b, int64_t n) {
   return kernels.dot_f32(a, b, n);
 }
@@ -173,32 +187,22 @@ TokenRange pooled_range(Pooling pooling, int64_t w, int64_t n) {
 
 void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool* prompt_mask,
                  Pooling pooling, int threads, void* pooled) {
-  const int team = threads_for(hidden.bytes(), threads);
-  const ColumnBlocks blocks(hidden.B, hidden.D, team);
   const int64_t F = pooling.W() * hidden.D;
-  with_element_type(hidden.dtype, [&](auto element) {
+  for_each_block(hidden, threads, [&](auto element, int64_t b, int64_t column, int64_t width) {
     using T = decltype(element);
-    parallel_for(hidden.B * blocks.count, team, [&](int64_t item) {
-      const int64_t b = item / blocks.count, block = item % blocks.count;
-      pool_block<T>(kernels, hidden, prompt_mask + b * hidden.T, b, pooling, blocks.begin(block),
-                    blocks.size(block), static_cast<Accumulator<T>*>(pooled) + b * F);
-    });
+    pool_block<T>(kernels, hidden, prompt_mask + b * hidden.T, b, pooling, column, width,
+                  static_cast<Accumulator<T>*>(pooled) + b * F);
   });
 }
 
 void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
                           const void* grad_pooled, int threads, void* grad_hidden) {
-  const int team = threads_for(hidden.bytes(), threads);
-  const ColumnBlocks blocks(hidden.B, hidden.D, team);
   const int64_t F = pooling.W() * hidden.D;
-  with_element_type(hidden.dtype, [&](auto element) {
+  for_each_block(hidden, threads, [&](auto element, int64_t b, int64_t column, int64_t width) {
     using T = decltype(element);
-    parallel_for(hidden.B * blocks.count, team, [&](int64_t item) {
-      const int64_t b = item / blocks.count, block = item % blocks.count;
-      unpool_block<T>(hidden, prompt_mask + b * hidden.T, pooling, blocks.begin(block),
-                      blocks.size(block), static_cast<const Accumulator<T>*>(grad_pooled) + b * F,
-                      static_cast<T*>(grad_hidden) + b * hidden.T * hidden.D);
-    });
+    unpool_block<T>(hidden, prompt_mask + b * hidden.T, pooling, column, width,
+                    static_cast<const Accumulator<T>*>(grad_pooled) + b * F,
+                    static_cast<T*>(grad_hidden) + b * hidden.T * hidden.D);
   });
 }
 
