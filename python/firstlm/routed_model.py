@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from firstlm.checkpoint import save_checkpoint
 from firstlm.generation import check_supported, drop_cache_if_replanned, named_arguments
+from firstlm.layer_calls import LayerCalls, counting_layer_calls
 from firstlm.router import Router, RouterConfig
 from firstlm.routing import RoutedLayer, Routing, routed_layer_class
 from firstlm.skip_cache import SkipCache
@@ -46,28 +47,6 @@ class RoutingOutput:
 
     skip_plans: list[SkipPlan]
     keep_prob: torch.Tensor
-
-
-class LayerCalls:
-    """Rows that the decoder layers really computed, counted inside the layers.
-
-    Attributes:
-        prefill: rows a layer in passes that start a sequence, int64 `[L]`.
-        decode: rows a layer in all later passes, int64 `[L]`.
-        decode_steps: later passes.
-        decode_rows: rows that the later passes were given, summed.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.prefill = torch.zeros(num_layers, dtype=torch.int64)
-        self.decode = torch.zeros(num_layers, dtype=torch.int64)
-        self.decode_steps = 0
-        self.decode_rows = 0
-        self._counts = self.prefill
-
-    def per_token(self) -> float:
-        """Mean number of layers that one generated token of one sequence went through."""
-        return float(self.decode.sum()) / max(self.decode_rows, 1)
 
 
 class RoutedModel:
@@ -366,30 +345,8 @@ class RoutedModel:
             ...     model.generate(**inputs)
             >>> calls.per_token()
         """
-        calls = LayerCalls(len(self.decoder_layers))
-
-        def start_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
-            starts = cache is None or cache.get_seq_length() == 0
-            calls._counts = calls.prefill if starts else calls.decode
-            if not starts:
-                calls.decode_steps += 1
-                ids = kwargs.get("input_ids")
-                calls.decode_rows += (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
-
-        def count(layer_idx: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            calls._counts[layer_idx] += hidden_states.shape[0]
-
-        handles = [self.register_forward_pre_hook(start_pass, with_kwargs=True)]
-        for layer_idx, layer in enumerate(self.decoder_layers):
-            hook = functools.partial(count, layer_idx)
-            handles.append(_attention_of(layer).register_forward_pre_hook(hook, with_kwargs=True))
-        try:
+        with counting_layer_calls(self, self.decoder_layers) as calls:
             yield calls
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # -- checkpoints ------------------------------------------------------------------------------
     def save_pretrained(
@@ -460,13 +417,6 @@ def _execution_device(layer: nn.Module) -> torch.device:
     hook = getattr(layer, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else next(layer.parameters()).device
-
-
-def _attention_of(layer: nn.Module) -> nn.Module:
-    for module in layer.children():
-        if "attention" in type(module).__name__.lower():
-            return module
-    raise ValueError(f"{type(layer).__name__} has no attention submodule")
 
 
 @functools.cache
