@@ -15,6 +15,7 @@ from transformers import pipeline
 import firstlm
 from firstlm import RouterConfig
 from firstlm.checkpoint import router_state_dict
+from tiny_gguf import write_tiny_gguf
 from tiny_models import base_model, draw_routers, pad, prompts, routed_model, tiny_base_path
 from tiny_tokenizer import tiny_tokenizer
 
@@ -105,6 +106,19 @@ def test_folders_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "router.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no router\.safetensors"):
         firstlm.from_pretrained(tmp_path)
+
+
+def test_a_gguf_gets_routers_and_its_checkpoint_finds_it_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf", layers=4)
+    model = firstlm.from_pretrained(tmp_path / "tiny.gguf", router=RouterConfig(protected=[0]))
+    for layer, parameter in enumerate(model.router_parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(layer))
+    model.save_pretrained(tmp_path / "routed")
+    again = firstlm.from_pretrained(tmp_path / "routed")
+    batch = pad(prompts(LENGTHS))
+    assert torch.equal(again.plan(**batch).keep_prob, model.plan(**batch).keep_prob)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 def test_routers_stay_float32_beside_a_bfloat16_base():

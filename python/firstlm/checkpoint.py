@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
+from firstlm.atomic import publish_folder
 from firstlm.router import RouterConfig
 
 CONFIG_NAME = "router_config.json"
@@ -94,9 +95,7 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
         _save_adapter(model, new / ADAPTER_FOLDER)
         adapter = folder / ADAPTER_FOLDER
         if (new / ADAPTER_FOLDER).exists():
-            if adapter.exists():
-                adapter.rename(new / "old-adapter")
-            (new / ADAPTER_FOLDER).rename(adapter)
+            publish_folder(new / ADAPTER_FOLDER, adapter)
         elif adapter.exists():
             shutil.rmtree(adapter)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
