@@ -8,7 +8,6 @@ import torch
 from firstlm import RouterConfig
 from firstlm.budget import (
     calibrate_thresholds,
-    keep_mask,
     keep_probabilities,
     rate_key,
     skip_rate_of,
@@ -20,6 +19,7 @@ from firstlm.rate_control import (
     keep_logits,
     split_value,
 )
+from firstlm.skip_plan import keep_mask_of
 from tiny_models import prompts, routed_model
 
 LAYERS = 6
@@ -95,7 +95,7 @@ def test_keep_probabilities_do_not_depend_on_batching_or_order():
 def test_keep_mask_is_the_models_own_decision():
     model = routed_model("llama", torch.float64)
     some = some_prompts(7, 4)
-    mask = keep_mask(keep_probabilities(model, some), model.router_config.thresholds, [0])
+    mask = keep_mask_of(keep_probabilities(model, some), model.router_config.thresholds, [0])
     for row, prompt in zip(mask, some, strict=True):
         plan = model.plan(input_ids=torch.tensor([prompt])).skip_plans[0]
         assert plan.kept == tuple(row.nonzero().flatten().tolist())

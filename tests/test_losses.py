@@ -12,7 +12,6 @@ from firstlm.losses import (
     answer_positions,
     distillation,
     router_norm,
-    skip_penalty,
 )
 from tiny_models import routed_model
 from tiny_training import COLLATOR, examples
@@ -83,14 +82,6 @@ def test_distillation_is_the_kl_from_teacher_to_student_and_zero_for_equal_logit
     assert teacher.grad is None and student.grad.abs().sum() > 0
     same = distillation(teacher[:, positions], teacher[:, positions], LABELS, positions)
     assert same.item() == pytest.approx(0.0, abs=1e-12)
-
-
-def test_skip_penalty_is_linear_in_every_sequence():
-    torch.manual_seed(2)
-    a, b = torch.rand(3, 6), torch.rand(5, 6)
-    together = skip_penalty(torch.cat([a, b]))
-    torch.testing.assert_close(together, skip_penalty(a) + skip_penalty(b))
-    torch.testing.assert_close(skip_penalty(torch.ones(4, 6)), torch.tensor(4.0))
 
 
 def test_router_norm_counts_weights_and_leaves_biases_alone():

@@ -93,6 +93,31 @@ def test_straight_through_has_hard_values_and_soft_gradients():
     assert all(p.grad.any() for n, p in model.named_parameters() if n.endswith("router.bias"))
 
 
+@pytest.mark.parametrize("gate", ["soft", "straight_through", "hard"])
+def test_the_skip_loss_is_linear_in_every_sequence(gate):
+    model = open_model()
+    batch = training_batch()
+    together = model(**batch, gate=gate).skip_loss * len(LENGTHS)
+    rows = [{name: value[b : b + 1] for name, value in batch.items()} for b in range(len(LENGTHS))]
+    alone = [model(**row, gate=gate).skip_loss for row in rows]
+    torch.testing.assert_close(together, sum(alone))
+    kept = routed_model("llama", router=RouterConfig(protected=list(range(NUM_LAYERS))), draw=False)
+    assert kept(**batch, gate=gate).skip_loss == 1
+
+
+@pytest.mark.parametrize("gate", ["soft", "straight_through"])
+def test_the_skip_loss_pulls_at_the_probabilities_of_unprotected_layers(gate):
+    model = routed_model("llama", router=RouterConfig(protected=[0])).requires_grad_(True)
+    routers = [p for layer in model.decoder_layers[1:] for p in layer.router.parameters()]
+    out = model(**training_batch(), gate=gate)
+    expected = torch.autograd.grad(
+        out.keep_prob[:, 1:].sum() / out.keep_prob.numel(), routers, retain_graph=True
+    )
+    actual = torch.autograd.grad(out.skip_loss, routers)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_soft_gate_is_the_printed_equation():
     """One layer, by hand: h + g (f(h) - h)."""
     model = open_model()

@@ -14,6 +14,7 @@ from firstlm import SkipPlan
 from firstlm.skip_plan import (
     exact_budget_mask,
     keep_decision,
+    keep_mask_of,
     mask_to_plans,
     plans_to_mask,
 )
@@ -79,6 +80,13 @@ def test_a_keep_decision_includes_the_threshold():
     keep_prob = torch.tensor([0.49, 0.5, 0.51])
     assert keep_decision(keep_prob, 0.5, protected=False).tolist() == [False, True, True]
     assert keep_decision(keep_prob, 0.5, protected=True).all()
+
+
+def test_decisions_of_all_layers_follow_the_one_rule_and_never_skip_everything():
+    keep_prob = torch.tensor([[0.1, 0.6, 0.2], [0.1, 0.1, 0.1], [0.9, 0.3, 0.4]])
+    mask = keep_mask_of(keep_prob, [0.5, 0.5, 0.3], protected=[])
+    assert mask.tolist() == [[False, True, False], [False, False, True], [True, False, True]]
+    assert keep_mask_of(keep_prob, [0.5] * 3, protected=[1])[:, 1].all()
 
 
 @given(

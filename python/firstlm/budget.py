@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from firstlm.data import pad_prompts
 from firstlm.rate_control import keep_logits, split_value, to_thresholds
+from firstlm.skip_plan import keep_mask_of
 
 _STRIDE = 1.37  # of logits, while one end is open; odd, so as not to land on a tie
 DEFAULT_RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -53,8 +55,9 @@ def keep_probabilities(
     try:
         for start in range(0, len(prompts), batch_size):
             chosen = by_length[start : start + batch_size]
-            input_ids, attention_mask = _left_padded([prompts[i] for i in chosen], model.device)
-            keep_prob = model.plan(input_ids=input_ids, attention_mask=attention_mask).keep_prob
+            batch = pad_prompts([prompts[i] for i in chosen])
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            keep_prob = model.plan(**inputs).keep_prob
             for row, i in enumerate(chosen):
                 found[i] = keep_prob[row].cpu()
     finally:
@@ -62,25 +65,10 @@ def keep_probabilities(
     return torch.stack([p for p in found if p is not None])
 
 
-def _left_padded(
-    prompts: Sequence[Sequence[int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(p) for p in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # masked ids are never read
-    attention_mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        attention_mask[row, width - len(prompt) :] = 1
-    return input_ids.to(device), attention_mask.to(device)
-
-
-def keep_mask(
-    keep_prob: torch.Tensor, thresholds: Sequence[float], protected: Sequence[int]
-) -> torch.Tensor:
-    """The decisions that `thresholds` make of keep_prob [N, L], as a bool mask [N, L]."""
-    mask = keep_prob >= torch.tensor(list(thresholds), dtype=keep_prob.dtype)
-    mask[:, list(protected)] = True
-    return mask
+def keep_masks(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The model's own plans of N prompts, as a bool mask [N, L]."""
+    config = model.router_config
+    return keep_mask_of(keep_probabilities(model, prompts), config.thresholds, config.protected)
 
 
 def skip_rate_of(mask: torch.Tensor) -> float:
@@ -121,7 +109,7 @@ class _Search:
         else:  # unskipped states: the scores do not depend on the thresholds
             logits = self.trials[0].logits
             keep_prob = torch.sigmoid(logits)
-        mask = keep_mask(keep_prob, thresholds, self.protected)
+        mask = keep_mask_of(keep_prob, thresholds, self.protected)
         return _Trial(shift, thresholds, logits, skip_rate_of(mask))
 
     def try_shift(self, shift: float) -> _Trial:
@@ -196,7 +184,7 @@ def calibrate_thresholds(
     """
     config = model.router_config
     num_layers = len(model.decoder_layers)
-    protected = sorted({i % num_layers for i in config.protected})
+    protected = config.protected
     free = [i for i in range(num_layers) if i not in protected]
     most = len(free) / num_layers
     for rate in rates:

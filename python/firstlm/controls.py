@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from firstlm.phases import protected_layers
 from firstlm.scoring import Collator, score
 
 Progress = Callable[[int], None]
@@ -54,7 +53,7 @@ def greedy_plan(
 ) -> list[bool]:
     """Keep mask [L]: layers are dropped one by one, each time the one that costs least then."""
     num_layers = len(model.decoder_layers)
-    protected = protected_layers(model)
+    protected = model.router_config.protected
     keep = torch.ones(num_layers, dtype=torch.bool)
     for _ in range(layers_to_drop(skip_rate, num_layers, protected)):
         costs: dict[int, float] = {}

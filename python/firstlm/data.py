@@ -221,13 +221,16 @@ def prompt_batches(
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, torch.Tensor]:
-    """Pad prompts on the left, where `generate()` needs it: input_ids, attention_mask [B, T]."""
+    """Pad prompts on the left, where `generate()` needs it: input_ids, attention_mask [B, T].
+
+    Without a tokenizer the padding id is 0; masked ids are never read.
+    """
     length = max(map(len, prompts))
     pad = functools.partial(_pad, length=length, left=True)
     return {
-        "input_ids": pad(prompts, value=pad_id(tokenizer)),
+        "input_ids": pad(prompts, value=0 if tokenizer is None else pad_id(tokenizer)),
         "attention_mask": pad([[1] * len(prompt) for prompt in prompts], value=0),
     }
 

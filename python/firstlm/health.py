@@ -18,7 +18,6 @@ import torch
 
 from firstlm.checkpoint import router_state_dict
 from firstlm.controls import most_kept_plan
-from firstlm.phases import protected_layers
 from firstlm.scoring import Collator, Scores, score
 
 _ADAPTIVE = (0.05, 0.95)  # kept for a share of the prompts in here: the layer depends on the prompt
@@ -178,7 +177,7 @@ def router_health(
     def run(**how: Any) -> Scores:
         return score(model, examples, collator, batch_size=batch_size, progress=progress, **how)
 
-    protected = protected_layers(model)
+    protected = model.router_config.protected
     hard = run()
     mask = hard.keep_mask
     soft = run(gate="soft")

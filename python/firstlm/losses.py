@@ -4,8 +4,10 @@ loss of an optimizer step =   sum of answer CE          / answer tokens of the s
                             + alpha * sum of kept share / sequences of the step, all processes
                             + lambda * ||router weights||^2                       (once per step)
 
-Each function returns a sum; the trainer divides by counts of the whole optimizer step. So 1 x 8,
-8 x 1 (accumulation) and 2 processes x 4 give the same gradient: a mean of means would not.
+The kept share of a sequence is the mean of its gates: the routed model's own `skip_loss`, linear in
+every sequence. Each function here returns a sum; the trainer divides by counts of the whole
+optimizer step. So 1 x 8, 8 x 1 (accumulation) and 2 processes x 4 give the same gradient: a mean of
+means would not.
 
 Letters: B sequences, T tokens, P answer positions of the batch, V vocabulary, L layers.
 """
@@ -74,18 +76,6 @@ def distillation(
     student = F.log_softmax(_raised(logits[answer]) / temperature, -1)  # [N, V]
     teacher = F.log_softmax(_raised(teacher_logits[answer]).detach() / temperature, -1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
-
-
-def skip_penalty(keep_prob: torch.Tensor) -> torch.Tensor:
-    """Expected share of kept layers, summed over sequences: linear in every sequence's gates.
-
-    Args:
-        keep_prob: [B, L], of all layers.
-
-    Returns:
-        Scalar in [0, B].
-    """
-    return keep_prob.mean(1).sum()
 
 
 def router_norm(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from firstlm.adapter import attach_adapter, has_adapter
-from firstlm.budget import calibrate_thresholds, keep_mask, keep_probabilities, rate_key
+from firstlm.budget import calibrate_thresholds, keep_masks, rate_key
 from firstlm.checkpoint import is_checkpoint, router_state_dict
 from firstlm.controls import (
     greedy_plan,
@@ -33,7 +33,6 @@ from firstlm.phases import (
     Phase,
     fixed_plan_phase,
     lora_phase,
-    protected_layers,
     router_phase,
     steps_of,
     warmup_phase,
@@ -110,7 +109,7 @@ class PhaseStarts:
         """Raises ValueError or FileNotFoundError for settings that do not fit this model."""
         config, num_layers = self.config, len(self.model.decoder_layers)
         if config.control != "lora_only":
-            layers_to_drop(config.skip_rate, num_layers, protected_layers(self.model))
+            layers_to_drop(config.skip_rate, num_layers, self.model.router_config.protected)
         own = config.checkpoint is None and not is_checkpoint(config.base)
         if own and config.router.keep_bias == "plans" and config.router.head != "linear":
             raise ValueError("router.keep_bias=plans fits linear heads: set router.head=linear")
@@ -158,7 +157,7 @@ class PhaseStarts:
                 self._importance("routers"),
                 self.config.skip_rate,
                 self.config.router.keep_bias_spread,
-                protected_layers(self.model),
+                self.model.router_config.protected,
             )
             set_keep_bias(self.model, bias)
         if fresh and self.config.router.keep_bias == "plans":
@@ -235,11 +234,7 @@ class PhaseStarts:
             if "routers" not in [j.name for j in self.jobs]:  # else phase 1 has just calibrated
                 self.calibrate([self.config.skip_rate])
             prompts = self.data.prompts(self.data.validation)
-            mask = keep_mask(
-                keep_probabilities(self.model, prompts),
-                self.model.router_config.thresholds,
-                protected_layers(self.model),
-            )
+            mask = keep_masks(self.model, prompts)
             stored = {
                 "thresholds": list(self.model.router_config.thresholds),
                 "keep_share": mask.double().mean(0).tolist(),
@@ -272,7 +267,7 @@ class PhaseStarts:
         return [i in stored["kept"] for i in range(num_layers)]
 
     def _choose_static_plan(self, num_layers: int) -> list[bool]:
-        config, protected = self.config, protected_layers(self.model)
+        config, protected = self.config, self.model.router_config.protected
         if config.control == "lora_only":
             return [True] * num_layers
         if isinstance(config.control_plan, list):

@@ -93,7 +93,7 @@ def warmup_phase(
     drop = RandomLayerDrop(
         ramp,
         len(model.decoder_layers),
-        protected_layers(model),
+        model.router_config.protected,
         weights,
         c.drop_rate_spread,
         config.seed,
@@ -116,7 +116,7 @@ def router_phase(config: TrainConfig, steps: int, model: Any) -> Phase:
         target=Ramp(start, config.skip_rate, c.skip_rate_ramp, steps),
         multiplier=Multiplier(c.alpha, rate, c.alpha_range[0], c.alpha_range[1]),
         follower=ThresholdFollower(
-            c.hold, thresholds, protected_layers(model), c.hold_window, share
+            c.hold, thresholds, model.router_config.protected, c.hold_window, share
         ),
         lambda_norm=c.lambda_norm,
         adapter_lr=c.adapter_lr,
@@ -130,7 +130,7 @@ def lora_phase(config: TrainConfig, model: Any, keep_share: Sequence[float]) -> 
     follower = ThresholdFollower(
         c.hold,
         list(model.router_config.thresholds),
-        protected_layers(model),
+        model.router_config.protected,
         c.hold_window,
         keep_share,
     )
@@ -155,9 +155,3 @@ def fixed_plan_phase(name: str, keep: Sequence[bool], distill: DistillConfig) ->
         plans=FixedPlan(keep),
         distill=distill,
     )
-
-
-def protected_layers(model: Any) -> list[int]:
-    """The model's protected layers, counted from 0."""
-    num_layers = len(model.decoder_layers)
-    return sorted({i % num_layers for i in model.router_config.protected})

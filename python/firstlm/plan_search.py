@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from firstlm import ops
 from firstlm.controls import importance_plan, layers_to_drop
 from firstlm.layer_importance import measure_importance
-from firstlm.phases import protected_layers
 from firstlm.scoring import Collator, score
 
-_RIDGE = 1e-2  # of the logistic fit, on features of unit mean square
+_RIDGE = 1e-2  # of the fit, on features of unit mean square
 
 
 def search_plan(
@@ -44,12 +42,12 @@ def search_plan(
         skip_rate: share of skipped layers, rounded to whole layers.
         trials: swaps tried.
         seed: of the swaps.
-        importance: [L], measured on the examples if not given (L + 1 passes over them).
+        importance: [L], measured on the examples if not given (about L / 2 passes over them).
 
     Returns:
         Keep mask [L], and its cross-entropy (nats per answer token).
     """
-    num_layers, protected = len(model.decoder_layers), protected_layers(model)
+    num_layers, protected = len(model.decoder_layers), model.router_config.protected
     if importance is None:
         importance = measure_importance(
             model, examples, collator, batch_size=batch_size, progress=progress
@@ -133,7 +131,7 @@ def search_task_plans(
     common = list(common)
     if len(groups) == 1:
         return common, {task: common for task in groups}
-    protected = protected_layers(model)
+    protected = model.router_config.protected
     cost = torch.tensor(importance, dtype=torch.float64)  # [L]
     cost[protected] = torch.inf
 
@@ -205,7 +203,7 @@ def fit_routers(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Routers that say `plans` of `examples`, by logistic regression on the features they read.
+    """Routers that say `plans` of `examples`, by least squares on the features they read.
 
     A layer on which all plans agree gets no weights, only a bias of `margin` or `-margin`.
 
@@ -224,7 +222,7 @@ def fit_routers(
     features = _features(model, examples, collator, plans, undecided, batch_size, progress)
     for layer_idx, layer in enumerate(model.decoder_layers):
         if layer_idx in undecided:
-            weight, bias = _logistic(features[layer_idx], plans[:, layer_idx], margin)
+            weight, bias = _discriminant(features[layer_idx], plans[:, layer_idx], margin)
             layer.router.weight.copy_(weight[None])
             layer.router.bias.fill_(bias)
         else:
@@ -245,8 +243,7 @@ def _features(
     seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
 
     def hook(module: Any, args: tuple[torch.Tensor, torch.Tensor]) -> None:
-        hidden_states, prompt_mask = args
-        pooled = ops.router_pool(hidden_states, prompt_mask, config.pooling, config.windows)
+        pooled = module.pool(*args)
         if config.normalize:
             pooled = pooled * pooled.square().mean(-1, keepdim=True).rsqrt()
         seen[module.layer_idx].append(pooled.float().cpu())
@@ -266,7 +263,7 @@ def _features(
     return {layer: torch.cat(parts) for layer, parts in seen.items()}
 
 
-def _logistic(
+def _discriminant(
     features: torch.Tensor, keep: torch.Tensor, margin: float
 ) -> tuple[torch.Tensor, float]:
     """Ridge fit of targets ±margin, balanced over both answers. Returns weight [F] and bias.

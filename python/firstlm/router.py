@@ -249,12 +249,20 @@ class Router(nn.Module):
         Returns:
             The keep logit, `[B]`, float32 (float64 for float64 states).
         """
-        device = self.weight.device
-        pooled = ops.router_pool(
-            hidden_states.to(device), prompt_mask.to(device), self.pooling, self.windows
-        )  # [B, F]
         return ops.router_head(
-            pooled, self.weight, self.bias, self.out_weight, self.out_bias, self.norm_eps
+            self.pool(hidden_states, prompt_mask),
+            self.weight,
+            self.bias,
+            self.out_weight,
+            self.out_bias,
+            self.norm_eps,
+        )
+
+    def pool(self, hidden_states: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+        """What the head reads before it normalises: `[B, F]`."""
+        device = self.weight.device
+        return ops.router_pool(
+            hidden_states.to(device), prompt_mask.to(device), self.pooling, self.windows
         )
 
     def extra_repr(self) -> str:

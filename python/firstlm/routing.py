@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from firstlm.skip_cache import SkipCache
-from firstlm.skip_plan import exact_budget_mask, keep_decision
+from firstlm.skip_plan import exact_budget_mask, keep_decision, keep_something
 
 GATES = ("soft", "straight_through", "hard")
 
@@ -111,9 +111,8 @@ class Routing:
             keep_prob.detach(), self.thresholds[layer_idx], layer_idx in self.protected
         )
         if layer_idx == self.num_layers - 1:
-            # Skipping everything is not a plan: a row that has kept nothing keeps the last layer.
             earlier = [self.keep[i].to(keep.device) for i in range(layer_idx)]
-            keep = keep | ~(torch.stack(earlier).any(0) if earlier else torch.zeros_like(keep))
+            keep = keep_something(torch.stack([*earlier, keep], 1))[:, -1]
         return keep
 
     def _gate(self, layer_idx: int, keep_prob: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -188,6 +188,25 @@ def keep_decision(keep_prob: torch.Tensor, threshold: float, protected: bool) ->
     return keep_prob >= threshold
 
 
+def keep_mask_of(
+    keep_prob: torch.Tensor, thresholds: Sequence[float], protected: Iterable[int]
+) -> torch.Tensor:
+    """The decisions of all layers at once: bool `[B, L]` for keep_prob `[B, L]`."""
+    protected = set(protected)
+    columns = [
+        keep_decision(keep_prob[:, layer], threshold, layer in protected)
+        for layer, threshold in enumerate(thresholds)
+    ]
+    return keep_something(torch.stack(columns, 1))
+
+
+def keep_something(keep_mask: torch.Tensor) -> torch.Tensor:
+    """Skipping everything is not a plan: a row of `[B, L]` that keeps none keeps the last layer."""
+    kept = keep_mask.clone()
+    kept[:, -1] |= ~keep_mask.any(1)
+    return kept
+
+
 def exact_budget_mask(
     keep_prob: torch.Tensor, skip_rate: float, protected: Iterable[int]
 ) -> torch.Tensor:

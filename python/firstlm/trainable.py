@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from firstlm.phases import Phase, protected_layers
+from firstlm.phases import Phase
 
 
 def choose_trainable(model: Any, phase: Phase) -> None:
@@ -15,7 +15,7 @@ def choose_trainable(model: Any, phase: Phase) -> None:
     Raises:
         ValueError: the phase trains an adapter and the model has none.
     """
-    protected = set(protected_layers(model))
+    protected = set(model.router_config.protected)
     routers = {
         id(p): index not in protected
         for index, layer in enumerate(model.decoder_layers)

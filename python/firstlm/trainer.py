@@ -32,9 +32,8 @@ from firstlm.losses import (
     answer_positions,
     distillation,
     router_norm,
-    skip_penalty,
 )
-from firstlm.phases import Phase, protected_layers
+from firstlm.phases import Phase
 from firstlm.step_stats import StepStats
 from firstlm.trainable import adapter_off, choose_trainable
 
@@ -79,7 +78,7 @@ class Trainer(transformers.Trainer):
         self.sequence_average = sequence_average
         self.group_by_length = group_by_length
         self.guard = guard if guard is not None else InterruptGuard()
-        self.protected = protected_layers(model)
+        self.protected = model.router_config.protected
         self.stats = StepStats()
         self._staging: Path | None = None
         self._micro_step = 0
@@ -167,8 +166,8 @@ class Trainer(transformers.Trainer):
             parts["distill"] = kl / self._step_tokens
             loss = loss + self.phase.distill.weight * parts["distill"]
         if self.phase.train_routers:
-            free = self._free_probabilities(output.keep_prob)
-            parts["kept_share"] = skip_penalty(free) / self._step_sequences
+            # skip_loss is a mean over this micro-batch's sequences; the step's mean is wanted.
+            parts["kept_share"] = output.skip_loss * (len(labels) / self._step_sequences)
             loss = loss + self.phase.multiplier.alpha * parts["kept_share"]
             # Every micro-batch of every process adds its share of the one term of the step.
             share = 1.0 / (self._step_micro_batches * self.args.world_size)
@@ -189,14 +188,6 @@ class Trainer(transformers.Trainer):
             # DDP needs every parameter in every process's graph; alone, skipped rows cost nothing.
             arguments["compute_skipped"] = self.args.world_size > 1
         return arguments
-
-    def _free_probabilities(self, keep_prob: torch.Tensor) -> torch.Tensor:
-        """keep_prob [B, L] with protected layers as what they are: always kept, no gradient."""
-        if not self.protected:
-            return keep_prob
-        always = torch.zeros(keep_prob.shape[1], dtype=torch.bool, device=keep_prob.device)
-        always[self.protected] = True
-        return torch.where(always, torch.ones_like(keep_prob), keep_prob)
 
     def _router_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for layer in self.model.decoder_layers:

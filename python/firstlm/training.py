@@ -25,14 +25,14 @@ from transformers import TrainingArguments
 from firstlm import loading
 from firstlm.adapter import load_adapter_weights
 from firstlm.atomic import staged_folder, write_json, write_text
-from firstlm.budget import keep_mask, keep_probabilities
+from firstlm.budget import keep_masks, skip_rate_of
 from firstlm.checkpoint import ADAPTER_FOLDER, load_routers, read_router_config
 from firstlm.controls import write_plan_into_routers
 from firstlm.data import PromptAnswerCollator
 from firstlm.health import HealthReport, router_health
 from firstlm.interrupt import InterruptGuard, TrainingInterrupted
 from firstlm.phase_start import Job, PhaseStarts, make_jobs, phase_names
-from firstlm.phases import Phase, protected_layers
+from firstlm.phases import Phase
 from firstlm.router import RouterConfig
 from firstlm.run_folder import RunFolder
 from firstlm.scoring import score
@@ -311,11 +311,7 @@ class _Run:
         elif steered:
             self.starts.calibrate([asked])
             prompts = self.data.prompts(self.data.test)
-            probabilities = keep_probabilities(self.model, prompts)
-            mask = keep_mask(
-                probabilities, self.model.router_config.thresholds, protected_layers(self.model)
-            )
-            rate = 1.0 - mask.double().mean().item()
+            rate = skip_rate_of(keep_masks(self.model, prompts))
         else:
             asked = 0.0  # a warm-up leaves a model that skips nothing
         measured = self._evaluate(
@@ -387,7 +383,7 @@ class _Run:
 
     def _reachable(self, rates: Sequence[float]) -> list[float]:
         num_layers = len(self.model.decoder_layers)
-        most = 1.0 - len(protected_layers(self.model)) / num_layers
+        most = 1.0 - len(self.model.router_config.protected) / num_layers
         return [rate for rate in rates if rate <= most]
 
 
