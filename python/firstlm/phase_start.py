@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from firstlm.phases import (
     steps_of,
     warmup_phase,
 )
-from firstlm.plan_search import fit_routers, search_plan, search_task_plans
+from firstlm.plan_search import PlanLoss, fit_routers, search_plan, search_task_plans
 from firstlm.run_folder import RunFolder
 from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
 from firstlm.train_data import TrainData
@@ -171,22 +171,19 @@ class PhaseStarts:
     def _routers_from_plans(self) -> None:
         """The best plan of each task, searched once per run, and routers fitted to them."""
         config = self.config
-        groups, weights = self._task_groups()
+        groups, _ = self._task_groups()
         plans = self.folder.read("task_plans.json")
         if plans is None:
+            common = self._given_common_plan() or self._searched_plan()
+            importance = self._importance("search")
             with self.bar("plans of the tasks", None) as update:
-                common, found = search_task_plans(
-                    self.model,
-                    groups,
-                    weights,
-                    self.data.collator,
-                    config.skip_rate,
+                found = search_task_plans(
+                    self._plan_loss(update),
+                    common,
                     trials=config.plan_search_trials,
                     seed=config.seed,
-                    common=self._given_common_plan(),
-                    by_tokens=config.plan_search_by == "tokens",
-                    importance=(self.folder.read("importance.json") or {}).get("warmup"),
-                    progress=update,
+                    trade=config.plan_search_trade,
+                    importance=importance,
                 )
             plans = {"common": _kept(common), "tasks": {t: _kept(p) for t, p in found.items()}}
             self.folder.write("task_plans.json", plans)
@@ -214,6 +211,26 @@ class PhaseStarts:
             raise ValueError(f"plan_search_common: {path} does not exist; train that control first")
         kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
         return [layer in kept for layer in range(len(self.model.decoder_layers))]
+
+    def _searched_plan(self) -> list[bool]:
+        """The best plan for the whole mixture: a static control, or what tasks depart from."""
+        importance = self._importance("search")
+        with self.bar("searching a common plan", None) as update:
+            plan, _ = search_plan(
+                self._plan_loss(update),
+                self.config.skip_rate,
+                trials=self.config.plan_search_trials,
+                seed=self.config.seed,
+                importance=importance,
+            )
+        return plan
+
+    def _plan_loss(self, progress: Callable[[int], None]) -> PlanLoss:
+        groups, weights = self._task_groups()
+        by_tokens = self.config.plan_search_by == "tokens"
+        return PlanLoss(
+            self.model, groups, weights, self.data.collator, by_tokens, progress=progress
+        )
 
     def _task_groups(self) -> tuple[dict[str, list[Any]], dict[str, float]]:
         """Training rows of every task that plans are measured on, and what each row stands for."""
@@ -283,17 +300,7 @@ class PhaseStarts:
                     self.model, examples, self.data.collator, config.skip_rate, progress=update
                 )
         if config.control_plan == "search":
-            groups, _ = self._task_groups()
-            with self.bar("searching a static plan", None) as update:
-                return search_plan(
-                    self.model,
-                    [row for rows in groups.values() for row in rows],
-                    self.data.collator,
-                    config.skip_rate,
-                    trials=config.plan_search_trials,
-                    seed=config.seed,
-                    progress=update,
-                )[0]
+            return self._searched_plan()
         return importance_plan(self._importance("control"), config.skip_rate, protected)
 
     def calibrate(self, rates: Sequence[float]) -> None:

@@ -8,6 +8,7 @@ plans are compared as wholes. Letters: N examples, L layers, F router features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,143 +17,144 @@ from firstlm.controls import importance_plan, layers_to_drop
 from firstlm.layer_importance import measure_importance
 from firstlm.scoring import Collator, score
 
+_CLEARLY = 2.0  # standard errors; a walk over many moves keeps what luck favours otherwise
 _RIDGE = 1e-2  # of the fit, on features of unit mean square
 
 
+@dataclass(frozen=True)
+class PlanLoss:
+    """What a plan costs a mixture of tasks: the one measure that every search goes by.
+
+    Args:
+        model: from firstlm.from_pretrained; its routers play no part.
+        groups: task -> encoded rows.
+        weights: task -> how many times its rows stand in the mixture for each row in `groups`.
+        collator: rows -> padded tensors.
+        by_tokens: every answer token counts alike, and long answers buy their layers from short
+            ones; else every prompt does.
+        batch_size: rows per forward pass.
+        progress: called with the number of rows done since the last call.
+    """
+
+    model: Any
+    groups: Mapping[str, Sequence[Any]]
+    weights: Mapping[str, float]
+    collator: Collator
+    by_tokens: bool = False
+    batch_size: int = 16
+    progress: Callable[[int], None] | None = None
+
+    def of_task(self, task: str, plan: Sequence[bool]) -> torch.Tensor:
+        """Weighted loss of every row of `task` (nats) under the keep mask `plan` [L]: [N] f64."""
+        found = score(
+            self.model,
+            self.groups[task],
+            self.collator,
+            batch_size=self.batch_size,
+            keep_mask=torch.tensor(list(plan)),
+            progress=self.progress,
+        )
+        values = found.loss if self.by_tokens else found.loss / found.tokens
+        return self.weights[task] * values
+
+    def __call__(self, plan: Sequence[bool]) -> float:
+        """Loss of the mixture if every row follows `plan`, in nats."""
+        return sum(float(self.of_task(task, plan).sum()) for task in self.groups)
+
+    def importance(self) -> list[float]:
+        """Cost of every layer's absence alone, [L]: about L / 2 passes over the rows."""
+        rows = [row for group in self.groups.values() for row in group]
+        return measure_importance(
+            self.model, rows, self.collator, batch_size=self.batch_size, progress=self.progress
+        )
+
+
 def search_plan(
-    model: Any,
-    examples: Sequence[Any],
-    collator: Collator,
+    loss: PlanLoss,
     skip_rate: float,
     *,
     trials: int,
     seed: int,
     importance: Sequence[float] | None = None,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[list[bool], float]:
     """The best plan of one size that a walk of swaps finds, from the least important layers on.
 
     A trial exchanges one skipped layer for a kept one, cheap ones more often, and stays if the
-    answer cross-entropy of `examples` falls.
+    loss falls.
 
     Args:
-        model: from firstlm.from_pretrained; its routers play no part.
-        examples: N encoded rows.
+        loss: what is to fall.
         skip_rate: share of skipped layers, rounded to whole layers.
         trials: swaps tried.
         seed: of the swaps.
-        importance: [L], measured on the examples if not given (about L / 2 passes over them).
+        importance: [L], makes cheap layers likelier in a trial; measured if not given.
 
     Returns:
-        Keep mask [L], and its cross-entropy (nats per answer token).
+        Keep mask [L], and its loss.
     """
-    num_layers, protected = len(model.decoder_layers), model.router_config.protected
+    num_layers, protected = len(loss.model.decoder_layers), loss.model.router_config.protected
     if importance is None:
-        importance = measure_importance(
-            model, examples, collator, batch_size=batch_size, progress=progress
-        )
+        importance = loss.importance()
     plan = importance_plan(importance, skip_rate, protected)
-
-    def cross_entropy(keep: Sequence[bool]) -> float:
-        mask = torch.tensor(list(keep))
-        found = score(model, examples, collator, batch_size=batch_size, keep_mask=mask)
-        if progress is not None:
-            progress(1)
-        return found.cross_entropy
-
-    best = cross_entropy(plan)
+    best = loss(plan)
     if not 0 < layers_to_drop(skip_rate, num_layers, protected) < num_layers - len(protected):
         return plan, best
     generator = torch.Generator().manual_seed(seed)
-    cost = torch.tensor(importance, dtype=torch.float64)  # [L]
-    cost[protected] = torch.inf
+    cost = _free_cost(importance, protected)
     tried = {tuple(plan)}
     for _ in range(trials):
         swapped = _swap(plan, cost, generator)
         if tuple(swapped) in tried:
             continue
         tried.add(tuple(swapped))
-        value = cross_entropy(swapped)
+        value = loss(swapped)
         if value < best:
             plan, best = swapped, value
     return plan, best
 
 
 def search_task_plans(
-    model: Any,
-    groups: Mapping[str, Sequence[Any]],
-    weights: Mapping[str, float],
-    collator: Collator,
-    skip_rate: float,
+    loss: PlanLoss,
+    common: Sequence[bool],
     *,
     trials: int,
     seed: int,
-    common: Sequence[bool] | None = None,
+    trade: bool = True,
     importance: Sequence[float] | None = None,
-    by_tokens: bool = False,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[list[bool], dict[str, list[bool]]]:
-    """The best common plan of a mixture, and each task's own departures from it.
+) -> dict[str, list[bool]]:
+    """Each task's own departures from the plan that is common to the mixture.
 
-    Weights that serve one plan serve it well, so tasks leave the common plan only where that pays:
-    a trial swaps two layers of one task, or lets one task skip a layer more and another a layer
-    less (the total stays), and stays if the loss of the mixture falls.
+    Weights that serve one plan serve it well, so a task leaves the common plan only where that
+    clearly pays: a trial swaps two layers of one task, or lets one task skip a layer more and
+    another a layer less (the total stays), and stays if the loss falls by more than chance
+    explains (`_CLEARLY` standard errors of the paired difference).
 
     Args:
-        model, collator, skip_rate, seed: as in search_plan.
-        groups: task -> encoded rows.
-        weights: task -> how many times its rows stand in the mixture for each row in `groups`.
-        trials: moves tried for the common plan, and as many for every task.
-        common: keep mask [L] to depart from; searched if not given.
+        loss: what is to fall.
+        common: keep mask [L] to depart from.
+        trials: moves tried for every task.
+        seed: of the moves.
+        trade: tasks may skip layers for each other; else each skips as many as `common`.
         importance: [L], makes cheap layers likelier in a trial; measured if not given.
-        by_tokens: every answer token counts alike, and long answers buy their layers from short
-            ones; else every prompt does.
 
     Returns:
-        The common keep mask [L], and task -> keep mask [L].
+        task -> keep mask [L].
     """
-    everything = [row for rows in groups.values() for row in rows]
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    if importance is None:
-        importance = measure_importance(model, everything, collator, **options)
-    if common is None:
-        common, _ = search_plan(
-            model,
-            everything,
-            collator,
-            skip_rate,
-            trials=trials,
-            seed=seed,
-            importance=importance,
-            **options,
-        )
-    common = list(common)
-    if len(groups) == 1:
-        return common, {task: common for task in groups}
-    protected = model.router_config.protected
-    cost = torch.tensor(importance, dtype=torch.float64)  # [L]
-    cost[protected] = torch.inf
-
-    def loss(task: str, plan: Sequence[bool]) -> float:
-        found = score(
-            model, groups[task], collator, batch_size=batch_size, keep_mask=torch.tensor(list(plan))
-        )
-        if progress is not None:
-            progress(1)
-        values = found.loss if by_tokens else found.loss / found.tokens
-        return weights[task] * float(values.sum())
-
-    plans = {task: list(common) for task in groups}
-    losses = {task: loss(task, plan) for task, plan in plans.items()}
+    names = list(loss.groups)
+    plans = {task: list(common) for task in names}
+    if len(names) == 1:
+        return plans
+    cost = _free_cost(
+        loss.importance() if importance is None else importance,
+        loss.model.router_config.protected,
+    )
+    losses = {task: loss.of_task(task, plan) for task, plan in plans.items()}
     tried: set[tuple[Any, ...]] = set()
     generator = torch.Generator().manual_seed(seed + 1)
-    names = list(groups)
     for _ in range(trials * len(names)):
         first, second = (names[i] for i in torch.randperm(len(names), generator=generator)[:2])
         moved = {first: _swap(plans[first], cost, generator)}
-        if torch.rand(1, generator=generator) < 0.5:
+        if trade and torch.rand(1, generator=generator) < 0.5:
             moved = {
                 first: _change(plans[first], cost, generator, keep=False),
                 second: _change(plans[second], cost, generator, keep=True),
@@ -161,11 +163,25 @@ def search_task_plans(
         if key in tried or not all(any(plan) and not all(plan) for plan in moved.values()):
             continue
         tried.add(key)
-        new = {task: loss(task, plan) for task, plan in moved.items()}
-        if sum(new.values()) < sum(losses[task] for task in new):
+        new = {task: loss.of_task(task, plan) for task, plan in moved.items()}
+        if _clearly_less(new, losses):
             plans.update(moved)
             losses.update(new)
-    return common, plans
+    return plans
+
+
+def _clearly_less(new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the sums of `new` [N each] fall below those of `old` by more than noise explains."""
+    gains = [old[task] - values for task, values in new.items()]  # [N] each, paired
+    error = sum(len(gain) * float(gain.var(correction=0)) for gain in gains) ** 0.5
+    return sum(float(gain.sum()) for gain in gains) > _CLEARLY * error
+
+
+def _free_cost(importance: Sequence[float], protected: Sequence[int]) -> torch.Tensor:
+    """Importance [L], infinite where a layer must stay."""
+    cost = torch.tensor(importance, dtype=torch.float64)
+    cost[list(protected)] = torch.inf
+    return cost
 
 
 def _change(

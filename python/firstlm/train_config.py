@@ -223,7 +223,10 @@ class TrainConfig:
         "plans: run folder of a static control, whose plan tasks depart from; default: searched",
     )
     plan_search_by: Literal["prompts", "tokens"] = setting(
-        "prompts", "plans: what counts alike when one task buys a layer from another"
+        "prompts", "plans: what counts alike in the loss that the search lowers"
+    )
+    plan_search_trade: bool = setting(
+        True, "plans: one task may skip a layer more for another; else all skip as many"
     )
     plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(
