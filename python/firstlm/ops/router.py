@@ -1,49 +1,13 @@
-"""The native ops, typed: what `torch.ops.firstlm` has, with fake kernels and autograd.
-
-The library is plain torch ops (no Python ABI), so `torch.ops.load_library` brings it in. The CPU
-kernels and the composite of torch's ops that serves all other devices are in `csrc/bindings`.
-"""
+"""Router scoring: masked pooling and the head. Kernels in csrc/router.h."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 PoolKind = Literal["mean", "windowed_mean", "last"]
-
-LIBRARY = Path(__file__).with_name("_ops.so")
-
-
-def _load_library(path: Path) -> None:
-    rebuild = "pip install --no-build-isolation ."
-    if not path.exists():
-        raise ImportError(
-            f"firstlm's native ops are not built: {path} does not exist. "
-            f"In firstlm's source folder run: {rebuild} (or -e . for an editable install)"
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        raise ImportError(
-            f"{path} does not load with torch {torch.__version__}; it was probably built with "
-            f"another torch. In firstlm's source folder run: {rebuild}\n{error}"
-        ) from error
-
-
-_load_library(LIBRARY)
-
-
-def isa() -> str:
-    """Name of the instruction set whose kernels run: the best one, or what FIRSTLM_ISA names."""
-    return torch.ops.firstlm.isa()
-
-
-def isa_levels() -> list[str]:
-    """Names that FIRSTLM_ISA takes on this machine, the portable one first."""
-    return torch.ops.firstlm.isa_levels()
 
 
 def router_pool(

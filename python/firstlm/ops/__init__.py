@@ -1,0 +1,10 @@
+"""The native ops, typed: what `torch.ops.firstlm` has, with fake kernels and autograd.
+
+One module an idea. The CPU kernels and the composites of torch's ops that serve devices without a
+kernel of ours are in `csrc/bindings`.
+"""
+
+from firstlm.ops.library import LIBRARY, isa, isa_levels  # first: it registers the ops
+from firstlm.ops.router import PoolKind, router_head, router_pool
+
+__all__ = ["LIBRARY", "PoolKind", "isa", "isa_levels", "router_head", "router_pool"]
