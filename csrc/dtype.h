@@ -88,5 +88,32 @@ inline void narrow(float x, Float16* to) {
   to->bits = static_cast<uint16_t>((sign >> 16) | (doubled > 0xff000000u ? 0x7e00u : magnitude));
 }
 
+// Bytes of one element.
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+// Calls body with a value of the C++ type that `dtype` names; only its type says anything.
+template <class Body>
+void with_element_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+  }
+}
+
 }  // namespace
 }  // namespace firstlm

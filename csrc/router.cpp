@@ -9,17 +9,6 @@
 namespace firstlm {
 namespace {
 
-int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums of one block stay in L1 beside the rows that stream through it.
@@ -131,20 +120,6 @@ void unpool_block(const HiddenStates& hidden, const bool* mask, Pooling pooling,
     } else {
       std::memset(to, 0, width * sizeof(T));
     }
-  }
-}
-
-template <class Body>
-void with_element_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kFloat64:
-      return body(double{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Float16{});
   }
 }
 

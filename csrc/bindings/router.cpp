@@ -2,7 +2,6 @@
 // that have no kernel of ours.
 #include "../router.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
@@ -18,6 +17,8 @@
 #include <optional>
 #include <string_view>
 
+#include "checks.h"
+
 namespace firstlm {
 namespace {
 
@@ -32,32 +33,6 @@ Pooling parse_pooling(std::string_view kind, int64_t windows) {
   if (kind == "windowed_mean") return {PoolKind::kWindowedMean, windows};
   if (kind == "last") return {PoolKind::kLast, windows};
   TORCH_CHECK_VALUE(false, "kind is '", kind, "'; expected 'mean', 'windowed_mean' or 'last'");
-}
-
-DType parse_dtype(const char* name, at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, name, " is ", dtype,
-                       "; expected float32, bfloat16, float16 or float64");
-  }
-}
-
-at::ScalarType accumulator_of(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check_shape(const char* name, const Tensor& tensor, at::IntArrayRef expected,
-                 const char* letters) {
-  TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " has shape ", tensor.sizes(), "; expected ",
-                    letters, " = ", expected);
 }
 
 void check_prompt_mask(const Tensor& prompt_mask, at::Device device) {
@@ -121,8 +96,6 @@ void check_head(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
 }
 
 // --- CPU ------------------------------------------------------------------------------------
-
-int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 Tensor router_pool_cpu(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
                        int64_t windows) {
