@@ -61,3 +61,15 @@ def router_head(
     if out_weight is not None:
         units = torch.nn.functional.silu(units) @ out_weight.double().T + out_bias.double()
     return units.squeeze(1)
+
+
+def kv_append(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The storages [R, H, C, D] with tokens [R, H, T, D] at each row's slots from start on."""
+    T = new_keys.shape[2]
+    keys, values = keys.clone(), values.clone()
+    for r, first in enumerate(start.expand(len(keys)).tolist()):
+        keys[r, :, first : first + T] = new_keys[r]
+        values[r, :, first : first + T] = new_values[r]
+    return keys, values

@@ -14,23 +14,12 @@ from torch import Tensor
 
 import reference
 from firstlm import ops
+from op_cases import DTYPES, LAYOUTS, accumulator, composite, drawn, strided
 
 POOL = torch.ops.firstlm.router_pool.default
 POOL_BACKWARD = torch.ops.firstlm.router_pool_backward.default
 HEAD = torch.ops.firstlm.router_head.default
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = ["mean", "windowed_mean", "last"]
-
-drawn = settings(max_examples=60, deadline=None)
-
-
-def composite(op, *args):
-    """Runs what a device without a kernel of ours runs, on the CPU tensors given."""
-    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def assert_near(actual: Tensor, expected: Tensor, terms: int, magnitude: Tensor) -> None:
@@ -41,22 +30,6 @@ def assert_near(actual: Tensor, expected: Tensor, terms: int, magnitude: Tensor)
 
 
 # --- Cases --------------------------------------------------------------------------------------
-
-
-def strided(hidden: Tensor, layout: str) -> Tensor:
-    """The same values as a view of something larger; masked garbage around them is NaN."""
-    B, T, D = hidden.shape
-    if layout == "transposed":
-        return hidden.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "every other token":
-        larger = hidden.new_full((B, 2 * T, D + 3), torch.nan)
-        larger[:, ::2, 2 : D + 2] = hidden
-        return larger[:, ::2, 2 : D + 2]
-    if layout == "strided elements":
-        larger = hidden.new_full((B, T, 2 * D), torch.nan)
-        larger[..., ::2] = hidden
-        return larger[..., ::2]
-    return hidden
 
 
 @st.composite
@@ -71,9 +44,7 @@ def pool_cases(draw):
         draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=B, max_size=B))
     )
     prompt_mask = torch.rand(B, T, generator=generator) < prompt_share.view(B, 1)
-    layout = draw(
-        st.sampled_from(["contiguous", "transposed", "every other token", "strided elements"])
-    )
+    layout = draw(st.sampled_from(LAYOUTS))
     kind, windows = draw(st.sampled_from(KINDS)), draw(st.integers(1, 9))
     return strided(hidden, layout), prompt_mask, kind, windows
 

@@ -37,6 +37,36 @@ inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArray
                     letters, " = ", expected);
 }
 
+// TypeError or ValueError unless `tensor` has the element type and the device of `other`.
+inline void check_alike(const char* name, const at::Tensor& tensor, const char* other_name,
+                        const at::Tensor& other) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), name, " is ", tensor.scalar_type(),
+                   "; expected ", other.scalar_type(), ", the type of ", other_name);
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, " is on ", tensor.device(),
+                    "; expected ", other.device(), ", where ", other_name, " is");
+}
+
+// One index for each of R rows, or one for all: int64 [R] or [1], on the device of `other`.
+inline void check_per_row(const char* name, const at::Tensor& index, int64_t R,
+                          const at::Tensor& other) {
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, name, " is ", index.scalar_type(),
+                   "; expected int64");
+  TORCH_CHECK_VALUE(index.dim() == 1 && (index.size(0) == R || index.size(0) == 1), name,
+                    " has shape ", index.sizes(), "; expected [R] = [", R, "], or [1]");
+  TORCH_CHECK_VALUE(index.device() == other.device(), name, " is on ", index.device(),
+                    "; expected ", other.device(), ", where the other tensors are");
+}
+
+// [R] contiguous, of an index that passed check_per_row.
+inline at::Tensor per_row(const at::Tensor& index, int64_t R) {
+  return index.expand({R}).contiguous();
+}
+
+// `tensor`, copied only if the elements of its last dimension lie apart.
+inline at::Tensor with_dense_elements(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+}
+
 // Threads for one call: torch's setting, and one inside a parallel region of torch's.
 inline int num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 

@@ -27,4 +27,8 @@ TORCH_LIBRARY(firstlm, m) {
   m.def(
       "router_head(Tensor pooled, Tensor weight, Tensor bias, Tensor? out_weight, "
       "Tensor? out_bias, float norm_eps) -> Tensor");
+
+  m.def(
+      "kv_append(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
+      "Tensor start) -> ()");
 }

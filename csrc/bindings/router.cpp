@@ -103,7 +103,7 @@ Tensor router_pool_cpu(const Tensor& hidden, const Tensor& prompt_mask, std::str
   check_pool(hidden, prompt_mask);
   const int64_t B = hidden.size(0), T = hidden.size(1), D = hidden.size(2);
   // Views of [B, T, D] are read in place; only elements that lie apart are copied.
-  const Tensor states = hidden.stride(2) == 1 || D <= 1 ? hidden : hidden.contiguous();
+  const Tensor states = with_dense_elements(hidden);
   const Tensor mask = prompt_mask.contiguous();
   Tensor pooled =
       at::empty({B, pooling.W() * D}, hidden.options().dtype(accumulator_of(hidden.scalar_type())));

@@ -5,6 +5,9 @@ kernel of ours are in `csrc/bindings`.
 """
 
 from firstlm.ops.library import LIBRARY, isa, isa_levels  # first: it registers the ops
+
+# isort: split
+from firstlm.ops.kv import kv_append
 from firstlm.ops.router import PoolKind, router_head, router_pool
 
-__all__ = ["LIBRARY", "PoolKind", "isa", "isa_levels", "router_head", "router_pool"]
+__all__ = ["LIBRARY", "PoolKind", "isa", "isa_levels", "kv_append", "router_head", "router_pool"]
