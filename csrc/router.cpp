@@ -4,12 +4,11 @@
 #include <cmath>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "parallel.h"
 
 namespace firstlm {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums of one block stay in L1 beside the rows that stream through it.
 constexpr int64_t kMaxBlock = 1024;
@@ -153,12 +152,6 @@ T silu(T x) {
 }  // namespace
 
 int64_t HiddenStates::bytes() const { return B * T * D * size_of(dtype); }
-
-TokenRange pooled_range(Pooling pooling, int64_t w, int64_t n) {
-  if (pooling.kind == PoolKind::kLast) return {n - 1, n};
-  const int64_t begin = w * n / pooling.W();
-  return {begin, std::max(begin + 1, (w + 1) * n / pooling.W())};
-}
 
 void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool* prompt_mask,
                  Pooling pooling, int threads, void* pooled) {

@@ -6,27 +6,9 @@
 
 #include "cpu/kernels.h"
 #include "dtype.h"
+#include "pooling.h"
 
 namespace firstlm {
-
-enum class PoolKind { kMean, kWindowedMean, kLast };
-
-struct Pooling {
-  PoolKind kind;
-  int64_t windows;  // at least 1; read by kWindowedMean only
-
-  int64_t W() const { return kind == PoolKind::kWindowedMean ? windows : 1; }
-};
-
-// Prompt tokens counted from the row's first one, whatever lies between them.
-struct TokenRange {
-  int64_t begin;
-  int64_t end;
-};
-
-// The tokens that feature window w of a row with n > 0 prompt tokens is the mean of; never empty.
-// Ranges follow one another; with n < W, windows share a token instead of being empty.
-TokenRange pooled_range(Pooling pooling, int64_t w, int64_t n);
 
 struct HiddenStates {
   const void* data;  // [B, T, D], elements of a token contiguous

@@ -13,7 +13,7 @@ drawn = settings(max_examples=60, deadline=None)
 
 def composite(op, *args):
     """Runs what a device without a kernel of ours runs, on the CPU tensors given."""
-    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *args)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,8 +1,6 @@
-// Every op's schema. Kernels are registered where they are defined: one file per stem here, fake
-// kernels and autograd in python/firstlm/ops.py.
-#include <torch/library.h>
-
+// The library of ops, and what it says about itself.
 #include "../cpu/kernels.h"
+#include "schemas.h"
 
 namespace {
 
@@ -19,16 +17,5 @@ std::vector<std::string> isa_levels() {
 TORCH_LIBRARY(firstlm, m) {
   m.def("isa() -> str", isa);
   m.def("isa_levels() -> str[]", isa_levels);
-
-  m.def("router_pool(Tensor hidden, Tensor prompt_mask, str kind, int windows) -> Tensor");
-  m.def(
-      "router_pool_backward(Tensor grad_pooled, Tensor prompt_mask, str kind, int windows, "
-      "ScalarType dtype) -> Tensor");
-  m.def(
-      "router_head(Tensor pooled, Tensor weight, Tensor bias, Tensor? out_weight, "
-      "Tensor? out_bias, float norm_eps) -> Tensor");
-
-  m.def(
-      "kv_append(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
-      "Tensor start) -> ()");
+  firstlm::define_ops(m);
 }

@@ -73,6 +73,21 @@ TEST_CASE("ranges of windows follow one another, cover all tokens and are never 
   }
 }
 
+TEST_CASE("the windows of a token are those whose range holds it") {
+  for (const Pooling pooling : kPoolings) {
+    for (int64_t n = 1; n < 40; ++n) {
+      for (int64_t rank = 0; rank < n; ++rank) {
+        const WindowRange windows = windows_of(pooling, rank, n);
+        for (int64_t w = 0; w < pooling.W(); ++w) {
+          const TokenRange range = pooled_range(pooling, w, n);
+          REQUIRE((w >= windows.begin && w < windows.end) ==
+                  (rank >= range.begin && rank < range.end));
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("pooled features are the weighted sums of the prompt's tokens") {
   for (const Kernels* kernels : available_kernels()) {
     for (const Case& c : cases()) {

@@ -1,0 +1,21 @@
+// Every op's schema. Kernels are registered where they are defined: one file per stem here, fake
+// kernels and autograd in python/firstlm/ops.
+#include "schemas.h"
+
+namespace firstlm {
+
+void define_ops(torch::Library& m) {
+  m.def("router_pool(Tensor hidden, Tensor prompt_mask, str kind, int windows) -> Tensor");
+  m.def(
+      "router_pool_backward(Tensor grad_pooled, Tensor prompt_mask, str kind, int windows, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "router_head(Tensor pooled, Tensor weight, Tensor bias, Tensor? out_weight, "
+      "Tensor? out_bias, float norm_eps) -> Tensor");
+
+  m.def(
+      "kv_append(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
+      "Tensor start) -> ()");
+}
+
+}  // namespace firstlm
