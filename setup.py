@@ -36,6 +36,7 @@ class BuildWithCMake(build_ext):
             f"-S{ROOT}",
             f"-B{build}",
             f"-DFIRSTLM_TORCH_ROOT={torch_root}",
+            f"-DFIRSTLM_CUDA={os.environ.get('FIRSTLM_CUDA', '')}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('FIRSTLM_BUILD_TYPE', 'Release')}",
         ]
         if ninja := find_tool("ninja", required=False):

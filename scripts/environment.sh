@@ -64,6 +64,7 @@ install_torch_for_cpu() {
 # Of everything that an editable install is made from, and of the torch that it was built with.
 installation_hash() {
   {
+    echo "CUDA: ${FIRSTLM_CUDA:-as torch}"
     .venv/bin/python -c 'import torch; print(torch.__version__, torch.__file__)'
     cat pyproject.toml setup.py CMakeLists.txt
     find csrc -type f | LC_ALL=C sort | xargs cat

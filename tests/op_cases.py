@@ -1,19 +1,68 @@
-"""What the tests of all native ops share: element types, hypothesis settings, other devices."""
+"""What the tests of all native ops share: element types, hypothesis settings, devices to run on."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+import emulated_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 drawn = settings(max_examples=60, deadline=None)
 
 
+# --- Devices ----------------------------------------------------------------------------------
+# Each runs an op on the CPU tensors given, and returns CPU tensors.
+
+
+def on_cpu(op, *args):
+    return op(*args)
+
+
 def composite(op, *args):
-    """Runs what a device without a kernel of ours runs, on the CPU tensors given."""
+    """Runs what a device without a kernel of ours runs."""
     return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *args)
+
+
+def emulated(op, *args):
+    """Runs the CUDA kernels on the host, threads in ascending order."""
+    return emulated_ops.run(op, *args, backward=False)
+
+
+def emulated_backward(op, *args):
+    """The same with the threads in descending order."""
+    return emulated_ops.run(op, *args, backward=True)
+
+
+def on_gpu(op, *args):
+    moved = [to_gpu(a) if isinstance(a, Tensor) else a for a in args]
+    results = op(*moved)
+    for arg, on_device, declared in zip(args, moved, op._schema.arguments, strict=True):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            arg.copy_(on_device)
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
+
+
+def to_gpu(tensor: Tensor) -> Tensor:
+    """With the same strides, and whatever lies between the elements."""
+    storage = tensor.untyped_storage().cuda()
+    like = torch.empty(0, dtype=tensor.dtype, device="cuda")
+    return like.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+CUDA = [emulated, emulated_backward, *([on_gpu] if torch.cuda.is_available() else [])]
+
+every_device = pytest.mark.parametrize("run", [on_cpu, composite, *CUDA])
+# Kernels of ours promise more than composites of torch's ops, such as equal bits.
+our_kernels = pytest.mark.parametrize("run", [on_cpu, *CUDA])
+# The CPU has errors for what index tensors hold. Others cannot look without a synchronisation.
+other_devices = pytest.mark.parametrize("run", [composite, *CUDA])
+
+
+# --- Cases ------------------------------------------------------------------------------------
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 
 import reference
 from firstlm import ops
-from op_cases import DTYPES, LAYOUTS, composite, drawn, strided
+from op_cases import DTYPES, LAYOUTS, drawn, every_device, other_devices, strided
 
 APPEND = torch.ops.firstlm.kv_append.default
-RUNS = {"cpu": lambda *case: APPEND(*case), "composite": lambda *case: composite(APPEND, *case)}
-every_device = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 
 
 def storages(R, H, C, D, D_values, dtype=torch.float32):
@@ -50,7 +48,7 @@ def test_append_is_the_reference(run, case):
     keys, values, *new, start = case
     expected = reference.kv_append(*case)
     addresses = keys.data_ptr(), values.data_ptr()
-    run(keys, values, *new, start)
+    run(APPEND, keys, values, *new, start)
     assert torch.equal(keys, expected[0])
     assert torch.equal(values, expected[1])
     assert (keys.data_ptr(), values.data_ptr()) == addresses
@@ -66,12 +64,13 @@ def test_a_start_out_of_range_writes_nothing(misfit):
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
 
 
+@other_devices
 @pytest.mark.parametrize("misfit", [-1, 3, 2**62])
-def test_other_devices_leave_a_row_out_of_range_as_it_is(misfit):
+def test_other_devices_leave_a_row_out_of_range_as_it_is(run, misfit):
     case = *storages(2, 1, 5, 4, 4), torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
     one_row = [tensor[:1].clone() for tensor in case]
-    composite(APPEND, *case, torch.tensor([1, misfit]))
-    composite(APPEND, *one_row, torch.tensor([1]))
+    run(APPEND, *case, torch.tensor([1, misfit]))
+    run(APPEND, *one_row, torch.tensor([1]))
     untouched = storages(2, 1, 5, 4, 4)
     for stored, alone, before in zip(case[:2], one_row[:2], untouched, strict=True):
         assert torch.equal(stored, torch.cat([alone, before[1:]]))
@@ -155,4 +154,4 @@ def test_errors_name_the_value_and_what_is_accepted(run, changed, error, message
         "start": START,
     }
     with pytest.raises(error, match=message):
-        run(*(case | changed).values())
+        run(APPEND, *(case | changed).values())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import reference
 from firstlm import ops
-from op_cases import DTYPES, LAYOUTS, accumulator, composite, drawn, strided
+from op_cases import DTYPES, LAYOUTS, accumulator, drawn, every_device, our_kernels, strided
 
 POOL = torch.ops.firstlm.router_pool.default
 POOL_BACKWARD = torch.ops.firstlm.router_pool_backward.default
@@ -35,7 +35,7 @@ def assert_near(actual: Tensor, expected: Tensor, terms: int, magnitude: Tensor)
 @st.composite
 def pool_cases(draw):
     """hidden [B, T, D], prompt_mask [B, T], kind, windows."""
-    B, T = draw(st.integers(0, 4)), draw(st.integers(0, 40))
+    B, T = draw(st.integers(0, 4)), draw(st.integers(0, 40) | st.integers(120, 400))
     D = draw(st.sampled_from([1, 3, 16, 31, 64, 129, 1100]))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -69,51 +69,62 @@ def head_cases(draw):
 # --- router_pool ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [lambda *case: POOL(*case), lambda *case: composite(POOL, *case)])
+@every_device
 @given(case=pool_cases())
 @drawn
 def test_pool_is_the_reference(run, case):
     hidden, prompt_mask, kind, windows = case
-    pooled = run(*case)
+    pooled = run(POOL, *case)
     assert pooled.dtype == accumulator(hidden.dtype)
     magnitude = reference.router_pool(hidden.abs(), prompt_mask, kind, windows)
     assert_near(pooled, reference.router_pool(*case), hidden.shape[1], magnitude)
 
 
+def pool_gradient(case) -> tuple[Tensor, Tensor]:
+    """grad_pooled, and what gradient the hidden states get from it."""
+    hidden, *rest = case
+    hidden = hidden.double().requires_grad_()
+    pooled = reference.router_pool(hidden, *rest)
+    grad_pooled = torch.linspace(-1, 2, pooled.numel()).double().view_as(pooled)
+    if not hidden.numel():
+        return grad_pooled, torch.zeros_like(hidden)
+    return grad_pooled, torch.autograd.grad(pooled, hidden, grad_pooled)[0]
+
+
+@every_device
 @given(case=pool_cases())
 @drawn
-def test_pool_gradient_is_the_references(case):
+def test_pool_gradient_is_the_references(run, case):
     hidden, prompt_mask, kind, windows = case
-    expected_input = hidden.double().requires_grad_()
-    expected = reference.router_pool(expected_input, prompt_mask, kind, windows)
-    grad_pooled = torch.linspace(-1, 2, expected.numel()).double().view_as(expected)
-    if expected.numel():
-        expected.backward(grad_pooled)
-    expected_grad = (
-        torch.zeros_like(expected_input) if expected_input.grad is None else expected_input.grad
-    )
+    grad_pooled, expected = pool_gradient(case)
+    grad_pooled = grad_pooled.to(accumulator(hidden.dtype))
+    grad = run(POOL_BACKWARD, grad_pooled, prompt_mask, kind, windows, hidden.dtype)
+    assert grad.dtype == hidden.dtype
+    assert_near(grad, expected, windows, expected)
 
+
+@given(case=pool_cases())
+@drawn
+def test_autograd_gives_the_pool_gradient(case):
+    hidden, prompt_mask, kind, windows = case
+    grad_pooled = pool_gradient(case)[0].to(accumulator(hidden.dtype))
     hidden = hidden.detach().requires_grad_()
-    ops.router_pool(hidden, prompt_mask, kind, windows).backward(
-        grad_pooled.to(accumulator(hidden.dtype))
-    )
-    assert hidden.grad.dtype == hidden.dtype
-    assert_near(hidden.grad, expected_grad, windows, expected_grad)
-
-    arguments = grad_pooled.to(accumulator(hidden.dtype)), prompt_mask, kind, windows, hidden.dtype
-    assert_near(composite(POOL_BACKWARD, *arguments), expected_grad, windows, expected_grad)
+    ops.router_pool(hidden, prompt_mask, kind, windows).backward(grad_pooled)
+    expected = POOL_BACKWARD(grad_pooled, prompt_mask, kind, windows, hidden.dtype)
+    assert torch.equal(hidden.grad, expected)
 
 
+@our_kernels
 @given(case=pool_cases(), left=st.integers(0, 5), right=st.integers(0, 5))
 @drawn
-def test_padding_does_not_change_a_bit(case, left, right):
+def test_padding_does_not_change_a_bit(run, case, left, right):
     hidden, prompt_mask, kind, windows = case
     padding = (0, 0, left, right)
     padded = torch.nn.functional.pad(hidden, padding, value=torch.nan)
     padded_mask = torch.nn.functional.pad(prompt_mask, padding[2:], value=False)
-    batch = ops.router_pool(padded, padded_mask, kind, windows)
+    batch = run(POOL, padded, padded_mask, kind, windows)
     for row, mask, pooled in zip(hidden, prompt_mask, batch, strict=True):
-        alone = ops.router_pool(row[mask].unsqueeze(0), mask[mask].unsqueeze(0), kind, windows)
+        alone = run(POOL, row[mask].unsqueeze(0), mask[mask].unsqueeze(0), kind, windows)
         assert torch.equal(alone[0], pooled)
 
 
@@ -146,7 +157,7 @@ def test_more_windows_than_tokens_repeat_tokens():
 # --- router_head ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [lambda *case: HEAD(*case), lambda *case: composite(HEAD, *case)])
+@every_device
 @given(case=head_cases())
 @drawn
 def test_head_is_the_reference(run, case):
@@ -157,7 +168,7 @@ def test_head_is_the_reference(run, case):
     magnitude = (pooled * scale).abs() @ weight.abs().T + bias.abs()
     if out_weight is not None:
         magnitude = magnitude @ out_weight.abs().T + out_bias.abs()
-    assert_near(run(*case), reference.router_head(*case), sum(weight.shape), magnitude)
+    assert_near(run(HEAD, *case), reference.router_head(*case), sum(weight.shape), magnitude)
 
 
 @given(case=head_cases())
@@ -269,7 +280,7 @@ POOLED, WEIGHT, BIAS = torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(1)
 WIDE, WIDE_BIAS = torch.zeros(5, 4), torch.zeros(5)
 
 
-@pytest.mark.parametrize("run", [lambda op, *a: op(*a), composite], ids=["cpu", "composite"])
+@every_device
 @pytest.mark.parametrize(
     "op, args, error, message",
     [

@@ -1,5 +1,5 @@
-// Appending to the key/value cache for torch: checks, the CPU kernel, and a composite of torch's
-// own ops for devices that have no kernel of ours.
+// Appending to the key/value cache for torch: the CPU kernel, and a composite of torch's own ops
+// for devices that have no kernel of ours.
 #include "../kv.h"
 
 #include <ATen/TensorOperators.h>
@@ -8,61 +8,14 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
-#include "checks.h"
+#include "kv_arguments.h"
 
 namespace firstlm {
 namespace {
 
 using at::Tensor;
 
-// --- Checks ---------------------------------------------------------------------------------
-
-void check_storage(const char* name, const Tensor& storage) {
-  parse_dtype(name, storage.scalar_type());
-  TORCH_CHECK_VALUE(storage.dim() == 4, name, " has shape ", storage.sizes(),
-                    "; expected [R, H, C, D]");
-  TORCH_CHECK_VALUE(storage.is_contiguous(), name, " has strides ", storage.strides(),
-                    "; expected contiguous storage");
-}
-
-void check_tokens(const char* name, const Tensor& tokens, const Tensor& storage, int64_t T) {
-  check_shape(name, tokens, {storage.size(0), storage.size(1), T, storage.size(3)}, "[R, H, T, D]");
-  check_alike(name, tokens, "the storage", storage);
-}
-
-// What every device checks; what `start` holds is not looked at.
-void check_kv_append(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
-                     const Tensor& new_values, const Tensor& start) {
-  check_storage("keys", keys);
-  check_storage("values", values);
-  const int64_t R = keys.size(0), H = keys.size(1), C = keys.size(2);
-  check_shape("values", values, {R, H, C, values.size(3)}, "[R, H, C, D], with keys' R, H, C,");
-  check_alike("values", values, "keys", keys);
-  TORCH_CHECK_VALUE(new_keys.dim() == 4, "new_keys has shape ", new_keys.sizes(),
-                    "; expected [R, H, T, D]");
-  const int64_t T = new_keys.size(2);
-  check_tokens("new_keys", new_keys, keys, T);
-  check_tokens("new_values", new_values, values, T);
-  TORCH_CHECK_VALUE(T <= C, "new_keys has ", T, " tokens; expected at most the storage's ", C,
-                    " slots");
-  check_per_row("start", start, R, keys);
-}
-
 // --- CPU ------------------------------------------------------------------------------------
-
-NewTokens new_tokens(const Tensor& storage, const Tensor& tokens) {
-  return {storage.mutable_data_ptr(),
-          tokens.const_data_ptr(),
-          storage.size(0),
-          storage.size(1),
-          storage.size(2),
-          tokens.size(2),
-          storage.size(3),
-          tokens.stride(0),
-          tokens.stride(1),
-          tokens.stride(2),
-          storage.element_size()};
-}
 
 void kv_append_cpu(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
                    const Tensor& new_values, const Tensor& start) {

@@ -1,4 +1,4 @@
-// Router scoring for torch: checks, the CPU kernels, and a composite of torch's own ops for devices
+// Router scoring for torch: the CPU kernels, and a composite of torch's own ops for devices
 // that have no kernel of ours.
 #include "../router.h"
 
@@ -14,7 +14,7 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
-#include "router_checks.h"
+#include "router_arguments.h"
 
 namespace firstlm {
 namespace {
@@ -27,19 +27,11 @@ Tensor router_pool_cpu(const Tensor& hidden, const Tensor& prompt_mask, std::str
                        int64_t windows) {
   const Pooling pooling = parse_pooling(kind, windows);
   check_pool(hidden, prompt_mask);
-  const int64_t B = hidden.size(0), T = hidden.size(1), D = hidden.size(2);
   // Views of [B, T, D] are read in place; only elements that lie apart are copied.
-  const Tensor states = with_dense_elements(hidden);
-  const Tensor mask = prompt_mask.contiguous();
-  Tensor pooled =
-      at::empty({B, pooling.W() * D}, hidden.options().dtype(accumulator_of(hidden.scalar_type())));
-  const HiddenStates view{states.const_data_ptr(),
-                          parse_dtype("hidden", states.scalar_type()),
-                          B,
-                          T,
-                          D,
-                          states.stride(0),
-                          states.stride(1)};
+  const Tensor states = with_dense_elements(hidden), mask = prompt_mask.contiguous();
+  const HiddenStates view = hidden_states(states);
+  Tensor pooled = at::empty({view.B, pooling.W() * view.D},
+                            hidden.options().dtype(accumulator_of(hidden.scalar_type())));
   router_pool(kernels(), view, mask.const_data_ptr<bool>(), pooling, num_threads(),
               pooled.mutable_data_ptr());
   return pooled;
@@ -49,32 +41,21 @@ Tensor router_pool_backward_cpu(const Tensor& grad_pooled, const Tensor& prompt_
                                 std::string_view kind, int64_t windows, at::ScalarType dtype) {
   const Pooling pooling = parse_pooling(kind, windows);
   check_pool_backward(grad_pooled, prompt_mask, pooling, dtype);
-  const int64_t B = prompt_mask.size(0), T = prompt_mask.size(1);
-  const int64_t D = grad_pooled.size(1) / pooling.W();
   const Tensor grad = grad_pooled.contiguous(), mask = prompt_mask.contiguous();
-  Tensor grad_hidden = at::empty({B, T, D}, grad_pooled.options().dtype(dtype));
-  const HiddenStates view{nullptr, parse_dtype("dtype", dtype), B, T, D, T * D, D};
-  router_pool_backward(view, mask.const_data_ptr<bool>(), pooling, grad.const_data_ptr(),
-                       num_threads(), grad_hidden.mutable_data_ptr());
+  Tensor grad_hidden = at::empty({mask.size(0), mask.size(1), grad.size(1) / pooling.W()},
+                                 grad.options().dtype(dtype));
+  router_pool_backward(hidden_states(grad_hidden), mask.const_data_ptr<bool>(), pooling,
+                       grad.const_data_ptr(), num_threads(), grad_hidden.mutable_data_ptr());
   return grad_hidden;
 }
 
 template <class T>
-Tensor run_router_head(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
-                       const OptionalTensor& out_weight, const OptionalTensor& out_bias,
-                       double norm_eps) {
-  const Tensor x = pooled.contiguous(), w = weight.contiguous(), b = bias.contiguous();
-  const Tensor out_w = out_weight ? out_weight->contiguous() : Tensor();
-  const int64_t B = pooled.size(0), H = weight.size(0);
-  const RouterHead<T> head{pooled.size(1),
-                           H,
-                           w.const_data_ptr<T>(),
-                           b.const_data_ptr<T>(),
-                           out_weight ? out_w.const_data_ptr<T>() : nullptr,
-                           out_bias ? out_bias->const_data_ptr<T>() : nullptr,
-                           norm_eps};
-  Tensor units = at::empty({out_weight ? B * H : 0}, pooled.options());
-  Tensor logit = at::empty({B}, pooled.options());
+Tensor run_router_head(const Tensor& pooled, const HeadParameters& parameters, double norm_eps) {
+  const Tensor x = pooled.contiguous();
+  const RouterHead<T> head = parameters.head<T>(norm_eps);
+  const int64_t B = x.size(0);
+  Tensor units = at::empty({head.out_weight ? B * head.H : 0}, x.options());
+  Tensor logit = at::empty({B}, x.options());
   router_head(kernels(), head, x.const_data_ptr<T>(), B, num_threads(), units.mutable_data_ptr<T>(),
               logit.mutable_data_ptr<T>());
   return logit;
@@ -86,7 +67,7 @@ Tensor router_head_cpu(const Tensor& pooled, const Tensor& weight, const Tensor&
   check_head(pooled, weight, bias, out_weight, out_bias);
   const auto run =
       pooled.scalar_type() == at::kDouble ? run_router_head<double> : run_router_head<float>;
-  return run(pooled, weight, bias, out_weight, out_bias, norm_eps);
+  return run(pooled, {weight, bias, out_weight, out_bias}, norm_eps);
 }
 
 // --- Composite ------------------------------------------------------------------------------

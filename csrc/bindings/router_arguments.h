@@ -1,4 +1,4 @@
-// What the router ops check before they run, on every device.
+// The router ops' arguments on every device: what is checked, and the core's view of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -81,5 +81,37 @@ inline void check_head(const at::Tensor& pooled, const at::Tensor& weight, const
                       F, "], a bottleneck head also out_weight and out_bias");
   }
 }
+
+// [B, T, D] whose tokens have dense elements.
+inline HiddenStates hidden_states(const at::Tensor& states) {
+  return {states.const_data_ptr(), parse_dtype("hidden", states.scalar_type()),
+          states.size(0),          states.size(1),
+          states.size(2),          states.stride(0),
+          states.stride(1)};
+}
+
+// Parameters that passed check_head, in the layout that the core reads, kept alive.
+struct HeadParameters {
+  at::Tensor weight, bias, out_weight, out_bias;  // the last two undefined for the linear head
+
+  HeadParameters(const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& out_weight,
+                 const OptionalTensor& out_bias)
+      : weight(weight.contiguous()),
+        bias(bias.contiguous()),
+        out_weight(out_weight ? out_weight->contiguous() : at::Tensor()),
+        out_bias(out_bias ? *out_bias : at::Tensor()) {}
+
+  template <class T>
+  RouterHead<T> head(double norm_eps) const {
+    const bool is_linear = !out_weight.defined();
+    return {weight.size(1),
+            weight.size(0),
+            weight.const_data_ptr<T>(),
+            bias.const_data_ptr<T>(),
+            is_linear ? nullptr : out_weight.const_data_ptr<T>(),
+            is_linear ? nullptr : out_bias.const_data_ptr<T>(),
+            norm_eps};
+  }
+};
 
 }  // namespace firstlm

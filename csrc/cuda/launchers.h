@@ -1,0 +1,32 @@
+// The CUDA kernels as functions of raw device pointers: no torch, no synchronisation, no
+// allocation, so that every call can be captured in a CUDA graph. `stream` is a cudaStream_t;
+// `scratch` is device memory of as many bytes as the function beside it says, at a multiple of 16.
+// All throw std::runtime_error if a kernel cannot be started.
+#pragma once
+
+#include <cstdint>
+
+#include "../kv.h"
+#include "../router.h"
+
+namespace firstlm::cuda {
+
+// As firstlm::router_pool.
+int64_t router_pool_scratch(const HiddenStates& hidden, Pooling pooling);
+void router_pool(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
+                 void* scratch, void* pooled, void* stream);
+
+// As firstlm::router_pool_backward.
+int64_t router_pool_backward_scratch(const HiddenStates& hidden);
+void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
+                          const void* grad_pooled, void* scratch, void* grad_hidden, void* stream);
+
+// As firstlm::router_head; `units` is scratch there, too.
+template <class T>
+void router_head(const RouterHead<T>& head, const T* pooled, int64_t B, T* units, T* logit,
+                 void* stream);
+
+// As firstlm::kv_append; rows whose start lies outside [0, C - T] are not written.
+void kv_append(const NewTokens& keys, const NewTokens& values, const int64_t* start, void* stream);
+
+}  // namespace firstlm::cuda
