@@ -46,7 +46,7 @@ def test_no_swap_improves_the_plan_that_the_search_finds(by_tokens):
             assert loss(swapped) >= value - 1e-9
 
 
-@pytest.mark.parametrize("trade", [False, True])
+@pytest.mark.parametrize("trade", [0, 1, 2])
 def test_tasks_leave_the_common_plan_only_where_the_mixture_gains(trade):
     model = model_without()
     loss = loss_of(model, {"a": examples(4, seed=1), "b": examples(4, seed=2)})
@@ -55,7 +55,7 @@ def test_tasks_leave_the_common_plan_only_where_the_mixture_gains(trade):
     assert plans.keys() == loss.groups.keys()
     skipped = [plan.count(False) for plan in plans.values()]
     assert sum(skipped) == 2 * common.count(False)
-    assert trade or len(set(skipped)) == 1
+    assert all(abs(count - common.count(False)) <= trade for count in skipped)
     assert all(plan[0] and any(plan) for plan in plans.values())
     assert sum(float(loss.of_task(task, plan).sum()) for task, plan in plans.items()) <= before
     assert search_task_plans(loss, common, trials=30, seed=0, trade=trade) == plans

@@ -17,7 +17,7 @@ from firstlm.controls import importance_plan, layers_to_drop
 from firstlm.layer_importance import measure_importance
 from firstlm.scoring import Collator, score
 
-_CLEARLY = 2.0  # standard errors; a walk over many moves keeps what luck favours otherwise
+_CLEARLY = 1.0  # standard errors; a walk over many moves keeps what luck favours otherwise
 _RIDGE = 1e-2  # of the fit, on features of unit mean square
 
 
@@ -119,7 +119,7 @@ def search_task_plans(
     *,
     trials: int,
     seed: int,
-    trade: bool = True,
+    trade: int = 1,
     importance: Sequence[float] | None = None,
 ) -> dict[str, list[bool]]:
     """Each task's own departures from the plan that is common to the mixture.
@@ -134,7 +134,7 @@ def search_task_plans(
         common: keep mask [L] to depart from.
         trials: moves tried for every task.
         seed: of the moves.
-        trade: tasks may skip layers for each other; else each skips as many as `common`.
+        trade: how many layers more or fewer than `common` a task may skip, for another's sake.
         importance: [L], makes cheap layers likelier in a trial; measured if not given.
 
     Returns:
@@ -160,7 +160,7 @@ def search_task_plans(
                 second: _change(plans[second], cost, generator, keep=True),
             }
         key = tuple((task, tuple(plan)) for task, plan in sorted(moved.items()))
-        if key in tried or not all(any(plan) and not all(plan) for plan in moved.values()):
+        if key in tried or any(abs(sum(plan) - sum(common)) > trade for plan in moved.values()):
             continue
         tried.add(key)
         new = {task: loss.of_task(task, plan) for task, plan in moved.items()}

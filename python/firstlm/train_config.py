@@ -225,8 +225,8 @@ class TrainConfig:
     plan_search_by: Literal["prompts", "tokens"] = setting(
         "prompts", "plans: what counts alike in the loss that the search lowers"
     )
-    plan_search_trade: bool = setting(
-        True, "plans: one task may skip a layer more for another; else all skip as many"
+    plan_search_trade: int = setting(
+        1, "plans: how many layers more or fewer than the common plan a task may skip"
     )
     plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(

@@ -39,6 +39,7 @@ def _about_run(c: TrainConfig) -> Iterator[str]:
     for name in ("seed", "eval_every", "save_every", "max_grad_norm"):
         yield from _positive(name, getattr(c, name), 0)
     yield from _positive("importance_examples", c.importance_examples)
+    yield from _positive("plan_search_trade", c.plan_search_trade, 0)
     yield from _share("sequence_average", c.sequence_average)
     if not 0.0 <= c.skip_rate < 0.95:
         yield f"skip_rate={c.skip_rate}: must be at least 0 and below 0.95"
