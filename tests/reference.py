@@ -73,3 +73,38 @@ def kv_append(
         keys[r, :, first : first + T] = new_keys[r]
         values[r, :, first : first + T] = new_values[r]
     return keys, values
+
+
+def plan_rows(keep_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, L] bool -> rows [L, B], counts [L]."""
+    B, L = keep_mask.shape
+    kept = [torch.nonzero(keep_mask[:, layer]).flatten() for layer in range(L)]
+    rows = torch.full((L, B), -1)
+    for layer, of_layer in enumerate(kept):
+        rows[layer, : len(of_layer)] = of_layer
+    return rows, torch.tensor([len(of_layer) for of_layer in kept], dtype=torch.int64)
+
+
+def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """[B, ...], [R] -> [R, ...]: zeros where a row is -1."""
+    zeros = hidden.new_zeros(1, *hidden.shape[1:])
+    return torch.cat([hidden, zeros])[rows]
+
+
+def scatter_rows(hidden: Tensor, rows: Tensor, values: Tensor, gate: Tensor | None) -> Tensor:
+    """[B, ...], [R], [R, ...], [R] -> [B, ...]: h + g (v - h) in the named rows."""
+    out = list(hidden.unbind())
+    for r, row in enumerate(rows.tolist()):
+        if row >= 0:
+            g = 1 if gate is None else gate[r]
+            out[row] = (1 - g) * hidden[row] + g * values[r]
+    return torch.stack(out) if out else hidden.clone()
+
+
+def scatter_add_rows(hidden: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    """[B, ...], [R], [R, ...] -> [B, ...]: the updates added to the rows that they name."""
+    out = list(hidden.unbind())
+    for r, row in enumerate(rows.tolist()):
+        if row >= 0:
+            out[row] = out[row] + update[r]
+    return torch.stack(out) if out else hidden.clone()

@@ -16,6 +16,13 @@ void define_ops(torch::Library& m) {
   m.def(
       "kv_append(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
       "Tensor start) -> ()");
+
+  m.def("plan_rows(Tensor keep_mask) -> (Tensor rows, Tensor counts)");
+  m.def("gather_rows(Tensor hidden, Tensor rows) -> Tensor");
+  m.def("gather_rows_backward(Tensor grad_gathered, Tensor rows, SymInt batch_size) -> Tensor");
+  m.def("scatter_rows(Tensor hidden, Tensor rows, Tensor values, Tensor? gate) -> Tensor");
+  m.def("scatter_rows_(Tensor(a!) hidden, Tensor rows, Tensor values, Tensor? gate) -> ()");
+  m.def("scatter_add_rows_(Tensor(a!) hidden, Tensor rows, Tensor update) -> ()");
 }
 
 }  // namespace firstlm

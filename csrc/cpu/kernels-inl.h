@@ -49,6 +49,35 @@ void add_rows(const void* const* rows, int count, int64_t width, int64_t ahead, 
 }
 
 template <class T>
+void lerp(const void* a, const void* b, double gate, int64_t n, void* to) {
+  using Vec = typename VecOf<T>::type;
+  const bool near_a = gate < 0.5;
+  const auto scale = static_cast<Accumulator<T>>(near_a ? gate : gate - 1);
+  const auto* x = static_cast<const T*>(a);
+  const auto* y = static_cast<const T*>(b);
+  const T* base = near_a ? x : y;
+  auto* out = static_cast<T*>(to);
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
+    const Vec difference = Vec::load(y + i) - Vec::load(x + i);
+    Vec::fma(Vec::broadcast(scale), difference, Vec::load(base + i)).store(out + i);
+  }
+  for (; i < n; ++i) narrow(widen(base[i]) + scale * (widen(y[i]) - widen(x[i])), out + i);
+}
+
+template <class T>
+void add(const void* from, int64_t n, void* to) {
+  using Vec = typename VecOf<T>::type;
+  const auto* x = static_cast<const T*>(from);
+  auto* sum = static_cast<T*>(to);
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= n; i += Vec::kLanes) {
+    (Vec::load(sum + i) + Vec::load(x + i)).store(sum + i);
+  }
+  for (; i < n; ++i) narrow(widen(sum[i]) + widen(x[i]), sum + i);
+}
+
+template <class T>
 T dot(const T* a, const T* b, int64_t n) {
   using Vec = typename VecOf<T>::type;
   constexpr int kChains = 4;  // the latency of an fma, in fmas
@@ -73,6 +102,8 @@ constexpr Kernels make_kernels(const char* isa) {
   return {
       isa,
       {add_rows<float>, add_rows<double>, add_rows<BFloat16>, add_rows<Float16>},
+      {lerp<float>, lerp<double>, lerp<BFloat16>, lerp<Float16>},
+      {add<float>, add<double>, add<BFloat16>, add<Float16>},
       dot<float>,
       dot<double>,
   };

@@ -22,6 +22,13 @@ struct Kernels {
   void (*add_rows[kNumDTypes])(const void* const* rows, int count, int64_t width, int64_t ahead,
                                void* sums);
 
+  // to[i] = a[i] + gate * (b[i] - a[i]) for i < n, computed in the accumulator's type from the end
+  // that is nearer: to[i] may be a[i] or b[i].
+  void (*lerp[kNumDTypes])(const void* a, const void* b, double gate, int64_t n, void* to);
+
+  // to[i] += from[i] for i < n, computed in the accumulator's type.
+  void (*add[kNumDTypes])(const void* from, int64_t n, void* to);
+
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   double (*dot_f64)(const double* a, const double* b, int64_t n);
 };

@@ -5,15 +5,32 @@ struct F32 {
   __m256 v;
 
   static F32 zero() { return {_mm256_setzero_ps()}; }
+  static F32 broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static F32 load(const float* from) { return {_mm256_loadu_ps(from)}; }
   static F32 load(const BFloat16* from) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bit(from)), 16))};
   }
   static F32 load(const Float16* from) { return {_mm256_cvtph_ps(load_16_bit(from))}; }
   void store(float* to) const { _mm256_storeu_ps(to, v); }
+  void store(BFloat16* to) const {
+    // As narrow(): to nearest, ties to even, and NaNs stay NaNs.
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const __m256i packed = _mm256_packus_epi32(high, high);  // each half of 128 bits by itself
+    store_16_bit(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+  }
+  void store(Float16* to) const {
+    store_16_bit(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
 
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 
   float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -25,6 +42,7 @@ struct F32 {
   static __m128i load_16_bit(const void* from) {
     return _mm_loadu_si128(static_cast<const __m128i*>(from));
   }
+  static void store_16_bit(void* to, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(to), x); }
 };
 
 struct F64 {
@@ -32,11 +50,13 @@ struct F64 {
   __m256d v;
 
   static F64 zero() { return {_mm256_setzero_pd()}; }
+  static F64 broadcast(double x) { return {_mm256_set1_pd(x)}; }
   static F64 load(const double* from) { return {_mm256_loadu_pd(from)}; }
   void store(double* to) const { _mm256_storeu_pd(to, v); }
 
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   friend F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
 
   double sum() const {
     const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

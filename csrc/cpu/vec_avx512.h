@@ -5,20 +5,39 @@ struct F32 {
   __m512 v;
 
   static F32 zero() { return {_mm512_setzero_ps()}; }
+  static F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static F32 load(const float* from) { return {_mm512_loadu_ps(from)}; }
   static F32 load(const BFloat16* from) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16_bit(from)), 16))};
   }
   static F32 load(const Float16* from) { return {_mm512_cvtph_ps(load_16_bit(from))}; }
   void store(float* to) const { _mm512_storeu_ps(to, v); }
+  void store(BFloat16* to) const {
+    // As narrow(): to nearest, ties to even, and NaNs stay NaNs.
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
+    store_16_bit(to, _mm512_cvtepi32_epi16(high));
+  }
+  void store(Float16* to) const {
+    store_16_bit(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
 
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
 
  private:
   static __m256i load_16_bit(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  }
+  static void store_16_bit(void* to, __m256i x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), x);
   }
 };
 
@@ -27,10 +46,12 @@ struct F64 {
   __m512d v;
 
   static F64 zero() { return {_mm512_setzero_pd()}; }
+  static F64 broadcast(double x) { return {_mm512_set1_pd(x)}; }
   static F64 load(const double* from) { return {_mm512_loadu_pd(from)}; }
   void store(double* to) const { _mm512_storeu_pd(to, v); }
 
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   friend F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+  friend F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
   double sum() const { return _mm512_reduce_add_pd(v); }
 };

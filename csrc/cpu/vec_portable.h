@@ -15,8 +15,15 @@ struct PortableVec {
     return v;
   }
 
-  void store(Scalar* to) const {
-    for (int i = 0; i < kWidth; ++i) to[i] = lane[i];
+  static PortableVec broadcast(Scalar x) {
+    PortableVec v;
+    for (int i = 0; i < kWidth; ++i) v.lane[i] = x;
+    return v;
+  }
+
+  template <class T>
+  void store(T* to) const {
+    for (int i = 0; i < kWidth; ++i) narrow(lane[i], to + i);
   }
 
   static PortableVec fma(PortableVec a, PortableVec b, PortableVec c) {
@@ -32,6 +39,11 @@ struct PortableVec {
 
   friend PortableVec operator+(PortableVec a, PortableVec b) {
     for (int i = 0; i < kWidth; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+
+  friend PortableVec operator-(PortableVec a, PortableVec b) {
+    for (int i = 0; i < kWidth; ++i) a.lane[i] -= b.lane[i];
     return a;
   }
 };

@@ -9,5 +9,25 @@ from firstlm.ops.library import LIBRARY, isa, isa_levels  # first: it registers 
 # isort: split
 from firstlm.ops.kv import kv_append
 from firstlm.ops.router import PoolKind, router_head, router_pool
+from firstlm.ops.rows import (
+    gather_rows,
+    plan_rows,
+    scatter_add_rows_,
+    scatter_rows,
+    scatter_rows_,
+)
 
-__all__ = ["LIBRARY", "PoolKind", "isa", "isa_levels", "kv_append", "router_head", "router_pool"]
+__all__ = [
+    "LIBRARY",
+    "PoolKind",
+    "gather_rows",
+    "isa",
+    "isa_levels",
+    "kv_append",
+    "plan_rows",
+    "router_head",
+    "router_pool",
+    "scatter_add_rows_",
+    "scatter_rows",
+    "scatter_rows_",
+]
