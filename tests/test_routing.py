@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from firstlm import RouterConfig, SkipPlan
 from firstlm.routed_model import default_prompt_mask
@@ -212,6 +216,95 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the calls of firstlm's ops by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name.removeprefix("firstlm::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def interleaved_plans():
+    """bool [B, L]: some rows skip each layer."""
+    mask = torch.rand(len(LENGTHS), NUM_LAYERS, generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[:, 0], mask[0] = True, True
+    mask[1, 1:] = torch.tensor([False, True, False, False, False])
+    return mask
+
+
+@torch.no_grad()
+def test_states_are_overwritten_only_where_nobody_else_sees_them():
+    model, batch, mask = routed_model("llama"), pad(prompts(LENGTHS)), interleaved_plans()
+    partial = int(((mask.sum(0) > 0) & (mask.sum(0) < len(LENGTHS))).sum())
+    assert partial > 2
+
+    def run(**options):
+        with OpCounter() as counter:
+            out = model(**batch, skip_plan=mask, **options)
+        assert counter.calls["scatter_rows"] + counter.calls["scatter_rows_"] == partial
+        return out, counter.calls["scatter_rows_"]
+
+    plain, in_place = run()
+    assert in_place == partial - 1  # the first copy is of the embeddings
+
+    out, in_place = run(output_hidden_states=True)
+    assert in_place == 0
+    for layer in range(NUM_LAYERS - 1):  # the last of these states is normalised
+        before, after = out.hidden_states[layer], out.hidden_states[layer + 1]
+        unchanged = (before == after).flatten(1).all(1)
+        assert torch.equal(unchanged, ~mask[:, layer])
+    assert torch.equal(out.logits, plain.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["layer", "layer input", "router", "all modules"])
+def test_states_that_a_hook_keeps_stay_what_they_were(where):
+    model, batch, mask = routed_model("llama"), pad(prompts(LENGTHS)), interleaved_plans()
+    kept = []
+
+    def keep(module, args, output=None):
+        for tensor in (*args, output):
+            if torch.is_tensor(tensor) and tensor.is_floating_point():
+                kept.append((tensor, tensor.clone()))
+
+    layer = model.decoder_layers[2]
+    handle = {
+        "layer": lambda: layer.register_forward_hook(keep),
+        "layer input": lambda: layer.register_forward_pre_hook(keep),
+        "router": lambda: layer.router.register_forward_pre_hook(keep),
+        "all modules": lambda: register_module_forward_hook(keep),
+    }[where]()
+    try:
+        model(**batch, skip_plan=mask)
+    finally:
+        handle.remove()
+    assert kept and all(torch.equal(tensor, copy) for tensor, copy in kept)
+
+
+@torch.no_grad()
+def test_embeddings_that_are_given_stay_what_they_were():
+    model, batch, mask = routed_model("llama"), pad(prompts(LENGTHS)), interleaved_plans()
+    mask[:, 0] = torch.tensor([True, False, True, False])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    before = embeds.clone()
+    out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], skip_plan=mask)
+    assert torch.equal(embeds, before)
+    assert torch.equal(out.logits, model(**batch, skip_plan=mask).logits)
+
+
+@torch.no_grad()
+def test_rows_are_planned_once_a_request():
+    model, batch, mask = routed_model("llama"), pad(prompts(LENGTHS)), interleaved_plans()
+    with OpCounter() as counter:
+        model.generate(**batch, skip_plan=mask, max_new_tokens=5, min_new_tokens=5)
+    assert counter.calls["plan_rows"] == 2  # of the plan that is given, and of the cache
+    assert counter.calls["aten::nonzero"] == 0
 
 
 def test_an_unknown_gate_is_refused():

@@ -23,13 +23,14 @@ from firstlm.checkpoint import save_checkpoint
 from firstlm.generation import check_supported, drop_cache_if_replanned, named_arguments
 from firstlm.layer_calls import LayerCalls, counting_layer_calls
 from firstlm.router import Router, RouterConfig
-from firstlm.routing import RoutedLayer, Routing, routed_layer_class
+from firstlm.routing import RoutedLayer, Routing, is_unobserved, routed_layer_class
 from firstlm.skip_cache import SkipCache
 from firstlm.skip_plan import (
     SkipPlan,
     check_skip_rate,
     exact_budget_mask,
     mask_to_plans,
+    planned_rows,
     plans_to_mask,
 )
 
@@ -152,10 +153,12 @@ class RoutedModel:
             prefill=config.prefill,
             gate=gate,
             plan=plan,
+            plan_rows=None if plan is None else planned_rows(skip_plan, plan, tokens.device),
             cache=cache,
             compute_skipped=compute_skipped,
             rows_per_prompt=rows_per_prompt,
             exact_budget=exact_budget,
+            unobserved=self._states_are_unobserved(**kwargs),
         )
         outputs = base_forward(
             self,
@@ -171,6 +174,14 @@ class RoutedModel:
         )
         result = _with_routing(outputs, routing)
         return result.to_tuple() if return_dict is False else result
+
+    def _states_are_unobserved(
+        self, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> bool:
+        """Whether nothing but the next layer sees what a decoder layer returns."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return not output_hidden_states and is_unobserved(self.decoder_layers)
 
     def _cache_for(
         self, cache: SkipCache | None, use_cache: bool | None, labels: torch.Tensor | None
@@ -419,8 +430,13 @@ def _execution_device(layer: nn.Module) -> torch.device:
     return torch.device(device) if device is not None else next(layer.parameters()).device
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # making a class is no operation of a graph
 def _routed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+    return _make_routed_output_class(base)
+
+
+@functools.cache
+def _make_routed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
     fields = [
         (name, torch.Tensor | None, dataclasses.field(default=None))
         for name in ("keep_prob", "keep_mask", "skip_loss")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from firstlm import ops
 from firstlm.skip_cache import SkipCache
 from firstlm.skip_plan import exact_budget_mask, keep_decision, keep_something
 
@@ -31,11 +32,15 @@ class Routing:
             "straight_through" (every layer is computed and blended, for training routers); "hard"
             (as inference, with autograd).
         plan: bool `[B, L]` on the CPU, replaces the routers' decisions.
+        plan_rows: what `planned_rows` makes of the plan; without it every row is computed, and
+            those that skip are blended away.
         cache: the cache that this pass fills.
         compute_skipped: with the hard gate, compute skipped rows and blend them away: every process
             of a distributed run then calls the same layers.
         rows_per_prompt: rows that stand for one prompt (beams, return sequences) and share a plan.
         exact_budget: skip rate of an exact budget; needs prefill="full".
+        unobserved: only the next layer sees the states that a layer returns (`is_unobserved`), so
+            that they may be overwritten.
     """
 
     def __init__(
@@ -48,10 +53,12 @@ class Routing:
         prefill: str = "route",
         gate: str | None = None,
         plan: torch.Tensor | None = None,
+        plan_rows: list[torch.Tensor] | None = None,
         cache: SkipCache | None = None,
         compute_skipped: bool = False,
         rows_per_prompt: int = 1,
         exact_budget: float | None = None,
+        unobserved: bool = False,
     ) -> None:
         if gate is not None and gate not in GATES:
             raise ValueError(f"gate must be None or one of {GATES}, got {gate!r}")
@@ -62,16 +69,29 @@ class Routing:
         self.full = prefill == "full"
         self.gate = gate
         self.plan = plan
+        self.plan_rows = plan_rows
         self.cache = cache
         self.compute_skipped = compute_skipped
         self.rows_per_prompt = rows_per_prompt
         self.exact_budget = exact_budget
-        self.blend = gate in ("soft", "straight_through") or (gate == "hard" and compute_skipped)
+        self.blend = (
+            gate in ("soft", "straight_through")
+            or (gate == "hard" and compute_skipped)
+            or (plan is not None and plan_rows is None)
+        )
         self.follows_cache = cache is not None and cache.get_seq_length() > 0
+        # Then no token is gated; torch.compile, which cannot know, gates them all alike.
+        self.has_only_prompt = (
+            prompt_mask is not None
+            and not torch.compiler.is_compiling()
+            and bool(prompt_mask.all())
+        )
+        self.unobserved = unobserved
         self.called: set[int] = set()
         self.keep_prob: dict[int, torch.Tensor] = {}  # layer -> [B]
         self.keep: dict[int, torch.Tensor] = {}  # layer -> bool [B]
         self.gates: dict[int, torch.Tensor] = {}  # layer -> [B], what multiplies the update
+        self._own_states: torch.Tensor | None = None  # [B, T, D], a copy that this pass has made
 
     def run_layer(
         self,
@@ -87,7 +107,7 @@ class Routing:
         if self.follows_cache:
             assert self.cache is not None
             rows = self.cache.kept_rows(layer_idx, hidden_states.device)
-            return _run_rows(layer, rows, hidden_states, args, kwargs)
+            return self._run_rows(layer, rows, hidden_states, args, kwargs)
         keep_prob = torch.sigmoid(router(hidden_states, self.prompt_mask))  # [B]
         if self.rows_per_prompt > 1:
             keep_prob = keep_prob[:: self.rows_per_prompt].repeat_interleave(self.rows_per_prompt)
@@ -101,8 +121,12 @@ class Routing:
             return self._run_blended(layer, gate, hidden_states, args, kwargs)
         if self.cache is not None:
             self.cache.keep_rows(layer_idx, keep)
-        rows = torch.nonzero(keep).squeeze(1).to(hidden_states.device)
-        return _run_rows(layer, rows, hidden_states, args, kwargs)
+        if self.plan_rows is not None:
+            rows = self.plan_rows[layer_idx]
+        else:
+            rows = torch.nonzero(keep).squeeze(1)
+        rows = rows.to(hidden_states.device)
+        return self._run_rows(layer, rows, hidden_states, args, kwargs)
 
     def _decide(self, layer_idx: int, keep_prob: torch.Tensor) -> torch.Tensor:
         if self.plan is not None:
@@ -135,11 +159,35 @@ class Routing:
         output = layer(hidden_states, *args, **kwargs)  # [B, T, D]
         weight = gate.to(output.device, output.dtype)[:, None]  # [B, 1]
         if self.full:
-            prompt = self.prompt_mask.to(output.device)
-            if not bool((~prompt).any()):
+            if self.has_only_prompt:
                 return output
+            prompt = self.prompt_mask.to(output.device)
             weight = torch.where(prompt, torch.ones_like(weight), weight)  # [B, T]
         return torch.lerp(hidden_states.to(output.dtype), output, weight[..., None])
+
+    def _run_rows(
+        self,
+        layer: Callable[..., torch.Tensor],
+        rows: torch.Tensor,  # [R]
+        hidden_states: torch.Tensor,  # [B, T, D]
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Run `layer` on `rows` of the batch only; the others pass through unchanged."""
+        batch_size = hidden_states.shape[0]
+        if len(rows) == batch_size:
+            return layer(hidden_states, *args, **kwargs)
+        if len(rows) == 0:
+            return hidden_states
+        select = functools.partial(_select_rows, rows=rows, batch_size=batch_size)
+        output = layer(select(hidden_states), *select(args), **select(kwargs))  # [R, T, D]
+        output = output.to(hidden_states.dtype)
+        if hidden_states is self._own_states:
+            return ops.scatter_rows_(hidden_states, rows, output)
+        scattered = ops.scatter_rows(hidden_states, rows, output)
+        if self.unobserved and not torch.is_grad_enabled():
+            self._own_states = scattered
+        return scattered
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Close the pass: check that every layer obeyed, hand the plans to the cache.
@@ -174,29 +222,19 @@ class Routing:
         return keep_prob, keep_mask, gates
 
 
-def _run_rows(
-    layer: Callable[..., torch.Tensor],
-    rows: torch.Tensor,  # [R]
-    hidden_states: torch.Tensor,  # [B, T, D]
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Run `layer` on `rows` of the batch only; the others pass through unchanged."""
-    batch_size = hidden_states.shape[0]
-    if len(rows) == batch_size:
-        return layer(hidden_states, *args, **kwargs)
-    if len(rows) == 0:
-        return hidden_states
-    select = functools.partial(_select_rows, rows=rows, batch_size=batch_size)
-    output = layer(select(hidden_states), *select(args), **select(kwargs))  # [R, T, D]
-    return hidden_states.index_copy(0, rows, output.to(hidden_states.dtype))
+def is_unobserved(layers: Iterable[nn.Module]) -> bool:
+    """Whether no hook sees, and could keep, the states between routed decoder layers."""
+    modules = [module for layer in layers for module in (layer, layer.router)]
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    hooked = any(getattr(module, name) for module in modules for name in hooks)
+    return not hooked and not torch.nn.modules.module._has_any_global_hook()
 
 
 def _select_rows(value: Any, rows: torch.Tensor, batch_size: int) -> Any:
     """Rows of every batched tensor in a layer's arguments; a leading 1 broadcasts and stays."""
     if isinstance(value, torch.Tensor):
         batched = value.ndim >= 2 and value.shape[0] == batch_size
-        return value.index_select(0, rows.to(value.device)) if batched else value
+        return ops.gather_rows(value, rows.to(value.device)) if batched else value
     if isinstance(value, tuple):
         return tuple(_select_rows(item, rows, batch_size) for item in value)
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-from firstlm.skip_plan import SkipPlan, mask_to_plans, plans_to_mask
+from firstlm.skip_plan import SkipPlan, kept_rows, mask_to_plans, plans_to_mask
 
 _MIN_CAPACITY = 16
 
@@ -209,7 +209,7 @@ class SkipCache(Cache):
     def _forget(self) -> None:
         self.keep_mask: torch.Tensor | None = None  # bool [B, L] on the CPU
         self.keep_prob: torch.Tensor | None = None  # [B, L]
-        self._rows: dict[int, torch.Tensor] = {}
+        self._rows: dict[torch.device, list[torch.Tensor]] = {}
 
     # -- plans ------------------------------------------------------------------------------------
     @property
@@ -247,15 +247,15 @@ class SkipCache(Cache):
         if layer.num_rows and not torch.equal(before, after):
             layer.select_rows(torch.nonzero(after[before]).squeeze(1))
         self.keep_mask[:, layer_idx] = after
-        self._rows.pop(layer_idx, None)
+        self._rows.clear()
 
     def kept_rows(self, layer_idx: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Indices `[R]` of the sequences that keep a layer; moved to `device` once a plan."""
-        if layer_idx not in self._rows:
+        """Indices `[R]` of the sequences that keep a layer, for all layers planned at once."""
+        device = torch.device(device)
+        if device not in self._rows:
             assert self.keep_mask is not None
-            rows = torch.nonzero(self.keep_mask[:, layer_idx]).squeeze(1)
-            self._rows[layer_idx] = rows.to(device)
-        return self._rows[layer_idx]
+            self._rows[device] = kept_rows(self.keep_mask, device)
+        return self._rows[device][layer_idx]
 
     # -- rows -------------------------------------------------------------------------------------
     def _select(self, index: torch.Tensor) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from firstlm import ops
+
 KEPT, SKIPPED = "▮", "▯"
 _FORMAT_VERSION = 1
 
@@ -162,7 +164,9 @@ def plans_to_mask(
             f"got {list(mask.shape)}"
         )
     mask = mask.to(torch.bool)
-    if batch_size and not bool(mask.any(dim=1).all()):
+    # Every SkipPlan keeps a layer; what a mask holds is not known while torch.compile traces.
+    is_checked = isinstance(plans, torch.Tensor) and not torch.compiler.is_compiling()
+    if is_checked and not bool(mask.any(dim=1).all()):
         raise ValueError("a skip plan must keep at least one layer in every row")
     return mask.contiguous()
 
@@ -170,6 +174,54 @@ def plans_to_mask(
 def mask_to_plans(keep_mask: torch.Tensor) -> list[SkipPlan]:
     """A keep mask `[B, L]` as one plan a row."""
     return [SkipPlan.from_mask(row) for row in keep_mask.tolist()]
+
+
+def kept_rows(
+    keep_mask: torch.Tensor, device: torch.device | str | None = None
+) -> list[torch.Tensor]:
+    """The sequences that keep each layer of a keep mask `[B, L]`: int64 `[R]`, one a layer.
+
+    Args:
+        keep_mask: bool `[B, L]`.
+        device: where the indices are wanted; None = where the mask is.
+    """
+    rows, counts = ops.plan_rows(keep_mask)
+    rows = rows.to(device)  # [L, B], once for all layers
+    return [of_layer[:count] for of_layer, count in zip(rows, counts.tolist(), strict=True)]
+
+
+def planned_rows(
+    plans: SkipPlan | Sequence[SkipPlan] | torch.Tensor,
+    keep_mask: torch.Tensor,
+    device: torch.device | str | None = None,
+) -> list[torch.Tensor] | None:
+    """`kept_rows` of fixed plans, where they can be known before the pass runs.
+
+    Inside torch.compile, `SkipPlan` objects are constants: the graph is made for them and skips
+    their layers. A mask is an input whose values no graph can be shaped by.
+
+    Args:
+        plans: what the caller gave.
+        keep_mask: bool `[B, L]`, what `plans_to_mask` made of it.
+        device: where the indices are wanted; None = where the mask is.
+
+    Returns:
+        int64 `[R]`, one a layer; None for a mask inside torch.compile.
+    """
+    if not torch.compiler.is_compiling():
+        return kept_rows(keep_mask, device)
+    if isinstance(plans, torch.Tensor):
+        return None
+    batch_size, num_layers = keep_mask.shape
+    of_rows = [plans] * batch_size if isinstance(plans, SkipPlan) else list(plans)
+
+    def keeps(plan: SkipPlan, layer: int) -> bool:
+        # Not `in`: after a recompilation numbers are symbols, which torch 2.13 finds in no tuple. A
+        # comparison makes them constants again.
+        return any(layer == kept for kept in plan.kept)
+
+    kept = [[b for b, plan in enumerate(of_rows) if keeps(plan, i)] for i in range(num_layers)]
+    return [torch.tensor(rows, dtype=torch.int64, device=device) for rows in kept]
 
 
 def keep_decision(keep_prob: torch.Tensor, threshold: float, protected: bool) -> torch.Tensor:
