@@ -25,6 +25,8 @@ from firstlm.controls import (
 )
 from firstlm.data import load_corpus
 from firstlm.layer_importance import measure_importance
+from firstlm.phases import router_phase
+from firstlm.run_folder import RunFolder
 from firstlm.train_config import DataConfig
 from firstlm.train_data import load_train_data
 from tiny_models import routed_model, tiny_base_path
@@ -230,6 +232,37 @@ def test_a_folder_with_a_run_of_other_settings_is_left_alone(whole, base):
         run(base, str(whole.output_dir), skip_rate=0.5)
     with pytest.raises(ValueError, match="holds a run already"):
         run(base, str(whole.output_dir), resume=False)
+
+
+def test_a_start_that_failed_does_not_lock_the_folder(base, tmp_path):
+    with pytest.raises(ValueError, match="protected"):
+        run(base, str(tmp_path / "run"), **SMALL | {"router": {"protected": [77]}})
+    result = run(base, str(tmp_path / "run"), phases=["warmup"], resume=False, **SMALL)
+    assert [p.name for p in result.phases] == ["warmup"]
+
+
+def test_a_run_is_not_taken_for_one_on_other_data(base, tmp_path):
+    folder = str(tmp_path / "run")
+    run(base, folder, phases=["warmup"], **SMALL)
+    changes = settings(base, folder) | {"phases": ["warmup"], **SMALL}
+    with pytest.raises(ValueError, match=r"other data \(train\).*overwrite=true"):
+        firstlm.train(changes, **datasets() | {"train_dataset": examples(50, seed=9)})
+
+
+def test_a_finished_run_is_found_where_it_was_moved_to(base, tmp_path):
+    run(base, str(tmp_path / "run"), phases=["warmup"], **SMALL)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = run(base, str(tmp_path / "moved"), phases=["warmup"], **SMALL)
+    assert result.checkpoint.is_dir() and result.log.is_file()
+    assert all(Path(phase.checkpoint).is_dir() for phase in result.phases)
+
+
+def test_only_the_main_process_judges_what_the_folder_holds(tmp_path):
+    """The others may look when it has just written the settings of a fresh run."""
+    config = firstlm.TrainConfig(resume=False)
+    RunFolder(tmp_path, ["lora"], writes=True).open(config, {})
+    (tmp_path / "train_log.jsonl").write_text("")
+    RunFolder(tmp_path, ["lora"], writes=False).open(config, {})
 
 
 def test_overwrite_starts_anew(base, tmp_path):

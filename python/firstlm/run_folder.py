@@ -1,6 +1,7 @@
 """The folder of a training run: what is finished, what can be taken up again, and the log.
 
 runs/x/config.yaml              every setting
+runs/x/data.json                hashes of the sets that are no shipped corpora
 runs/x/train_log.jsonl          a line per logged step and per evaluation, over all phases
 runs/x/importance.json          cross-entropy rise of every layer, where it was measured
 runs/x/router_init.safetensors  the routers before phase 1
@@ -24,8 +25,9 @@ from firstlm.atomic import write_json, write_text
 from firstlm.train_config import PHASES, TrainConfig
 from firstlm.trainer import latest_checkpoint
 
-_FILES = (
-    "config.yaml", "train_log.jsonl", "importance.json", "task_plans.json", "control_plan.json",
+_INPUTS = ("config.yaml", "data.json")
+_OUTPUTS = (
+    "train_log.jsonl", "importance.json", "task_plans.json", "control_plan.json",
     "router_init.safetensors", "result.json", "health.json", "health.md",
 )  # fmt: skip
 
@@ -46,16 +48,23 @@ class RunFolder:
         self.log_path = self.path / "train_log.jsonl"
         self.checkpoint = self.path / "checkpoint"
 
-    def open(self, config: TrainConfig) -> None:
-        """Takes up, or starts, the run of `config`.
+    def open(self, config: TrainConfig, data: Mapping[str, str]) -> None:
+        """Takes up, or starts, the run of `config`. Only the main process looks and judges: what
+        the others would find depends on how far it has come.
+
+        Args:
+            data: set -> hash of its examples, see train_data.hashes_of.
 
         Raises:
-            ValueError: the folder holds a run of other settings, or resume is off and it holds any.
+            ValueError: the folder holds a run of other settings or data, or resume is off and it
+                holds any. A start that failed before anything was made is no run.
         """
+        if not self.writes:
+            return
         stored = self.path / "config.yaml"
-        if config.overwrite and self.writes and stored.is_file():
+        if config.overwrite and stored.is_file():
             self._delete_run()
-        if stored.is_file() and not config.overwrite:
+        if stored.is_file() and self._has_begun():
             if not config.resume:
                 raise ValueError(
                     f"{self.path} holds a run already: set resume=true to go on with it, "
@@ -67,17 +76,28 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({', '.join(changed)}): choose "
                     "another output_dir, or set resume=false and overwrite=true to delete it"
                 )
-        if self.writes:
-            self.path.mkdir(parents=True, exist_ok=True)
-            config.to_yaml(stored)
-            for partial in self.path.glob("**/.*.partial*"):
-                shutil.rmtree(partial, ignore_errors=True)
+            before = self.read("data.json") or {}
+            changed = [name for name in data if before.get(name, data[name]) != data[name]]
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run on other data ({', '.join(changed)}): choose "
+                    "another output_dir, or set resume=false and overwrite=true to delete it"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        config.to_yaml(stored)
+        if data:
+            self.write("data.json", data)
+        for partial in self.path.glob("**/.*.partial*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _has_begun(self) -> bool:
+        return any((self.path / name).exists() for name in (*PHASES, *_OUTPUTS, "checkpoint"))
 
     def _delete_run(self) -> None:
         """Removes what a run writes, and nothing else that may lie in its folder."""
         for name in (*PHASES, "checkpoint"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in _FILES:
+        for name in (*_INPUTS, *_OUTPUTS):
             (self.path / name).unlink(missing_ok=True)
 
     def phase(self, name: str) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,43 @@ def load_train_data(
         if not len(sets[name]):
             raise ValueError(f"the {name} set is empty")
     return TrainData(collator=collator, too_long=too_long, **sets)
+
+
+def hashes_of(settings: DataConfig, given: Mapping[str, Any]) -> dict[str, str]:
+    """Set -> hash of its examples, for sets that are given as objects or lie in files of the user.
+
+    A run's settings do not say what these hold, and a run must not go on with others.
+    """
+    found: dict[str, str] = {}
+    for name in ("train", "validation", "test"):
+        parts = list(_bytes_of(given.get(name, getattr(settings, name)), name))
+        if parts:
+            found[name] = hashlib.sha256(b"".join(parts)).hexdigest()
+    return found
+
+
+def _bytes_of(source: Any, split: str) -> Iterator[bytes]:
+    """What a source that is no shipped corpus holds."""
+    if isinstance(source, (str, Path)):
+        for file in _files_of(source, split):
+            yield file.read_bytes()
+    elif isinstance(source, Mapping):  # a DatasetDict
+        yield from _bytes_of(source.get(split), split)
+    elif hasattr(source, "__len__"):
+        for i in range(len(source)):
+            part = source[i]
+            if isinstance(part, (str, Path)):  # of a mixture
+                yield from _bytes_of(part, split)
+            else:
+                yield repr(part).encode()
+
+
+def _files_of(source: str | Path, split: str) -> list[Path]:
+    """The files that a source named by the user is read from; none of a shipped corpus."""
+    path = Path(source)
+    if source in CORPUS_NAMES or not path.exists():
+        return []
+    return sorted(path.glob(f"{split}.jsonl*")) if path.is_dir() else [path]
 
 
 def _is_encoded(source: Any) -> bool:

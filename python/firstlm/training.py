@@ -38,7 +38,7 @@ from firstlm.run_folder import RunFolder
 from firstlm.scoring import score
 from firstlm.tokenizer import load_tokenizer
 from firstlm.train_config import PhaseConfig, TrainConfig
-from firstlm.train_data import TrainData, load_train_data
+from firstlm.train_data import TrainData, hashes_of, load_train_data
 from firstlm.train_progress import ProgressAndLog
 from firstlm.trainer import Trainer
 
@@ -174,11 +174,11 @@ class _Run:
         config = self.config
         names = phase_names(config)
         self.folder = RunFolder(config.output_dir, names, self.state.is_main_process)
-        self.folder.open(config)
+        self.folder.open(config, hashes_of(config.data, self.given))
         self.state.wait_for_everyone()
         done = self.folder.read("result.json")
         if done is not None:
-            return _result_from_json(done)
+            return _result_from_json(done, self.folder)
         self.model = self._load_model()
         self.data = self._load_data()
         per_step = config.batch_size * config.accumulation * self.state.num_processes
@@ -422,12 +422,13 @@ def training_arguments(
     )
 
 
-def _result_from_json(values: Mapping[str, Any]) -> TrainResult:
+def _result_from_json(values: Mapping[str, Any], folder: RunFolder) -> TrainResult:
+    """A stored result; `folder` may have been moved since."""
     return TrainResult(
-        Path(values["output_dir"]),
-        Path(values["checkpoint"]),
-        Path(values["log"]),
-        [PhaseResult(**p) for p in values["phases"]],
+        folder.path,
+        folder.checkpoint,
+        folder.log_path,
+        [PhaseResult(**p | {"checkpoint": str(folder.final(p["name"]))}) for p in values["phases"]],
         HealthReport.from_json(values["health"]),
         values["too_long"],
     )
