@@ -126,6 +126,23 @@ def test_each_phase_alone_is_possible(phase, base, tmp_path):
     firstlm.from_pretrained(result.checkpoint)
 
 
+def test_lora_without_phase_1_starts_routers_as_the_settings_say(base, tmp_path):
+    """Routers that all say the same would drop the layers of lowest index."""
+    result = run(base, str(tmp_path / "run"), phases=["lora"], **SMALL)
+    importance = json.loads((result.output_dir / "importance.json").read_text())["routers"]
+    cheapest = sorted(range(1, 6), key=importance.__getitem__)[:2]
+    kept = {layer.layer: layer.kept for layer in result.health.layers}
+    assert [layer for layer in range(6) if kept[layer] == 0.0] == sorted(cheapest)
+
+
+def test_the_stored_rate_is_measured_also_where_nothing_steers_it(whole, base, tmp_path):
+    changes = SMALL | {"phases": ["warmup"], "checkpoint": str(whole.checkpoint)}
+    changes["lora"] = {"rank": 4}
+    result = run(base, str(tmp_path / "run"), **changes)
+    assert result.phases[0].skip_rate == pytest.approx(result.health.skip_rate, abs=1e-6)
+    assert result.phases[0].skip_rate > 0.1
+
+
 @pytest.mark.parametrize("way", ["checkpoint", "base"])
 @pytest.mark.parametrize("start", ["routers", "lora"])
 def test_training_continues_from_a_checkpoint_of_either_phase(way, start, whole, base, tmp_path):
@@ -287,6 +304,7 @@ def test_wrong_settings_stop_before_anything_is_written(base, tmp_path):
     [
         ({"skip_rate": 0.7, "router": {"protected": [0, 1, 2]}}, "lower skip_rate"),
         ({"control": "static", "control_plan": [0, 6]}, "from 0 to 5"),
+        ({"control": "static", "control_plan": [1, 2, 3, 4]}, "protected layers 0"),
         ({"control": "static", "control_plan": "most_kept:nowhere"}, "finished run"),
         ({"router": {"keep_bias": "plans", "head": "mlp"}}, "router.head=linear"),
     ],

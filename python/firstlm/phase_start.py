@@ -123,6 +123,13 @@ class PhaseStarts:
                     f"control_plan={config.control_plan}: must name kept layers from 0 to "
                     f"{num_layers - 1}"
                 )
+            left_out = set(self.model.router_config.protected) - set(config.control_plan)
+            if left_out:
+                raise ValueError(
+                    f"control_plan={config.control_plan} skips the protected layers "
+                    f"{', '.join(map(str, sorted(left_out)))}: keep them, or change "
+                    "router.protected"
+                )
 
     def make_phase(self, job: Job) -> Phase:
         """The phase at its start, the model prepared for it; the same again when it is resumed."""
@@ -246,9 +253,12 @@ class PhaseStarts:
 
     def _start_of_lora(self) -> list[float]:
         """Calibrated thresholds are set; returns how often each layer is kept with them, [L]."""
+        alone = "routers" not in [j.name for j in self.jobs]  # else phase 1 has just calibrated
+        if alone:
+            self._initialise_routers()
         stored = self.folder.read("lora/start.json")
         if stored is None:
-            if "routers" not in [j.name for j in self.jobs]:  # else phase 1 has just calibrated
+            if alone:
                 self.calibrate([self.config.skip_rate])
             prompts = self.data.prompts(self.data.validation)
             mask = keep_masks(self.model, prompts)

@@ -304,16 +304,14 @@ class _Run:
     def _close_phase(self, job: Job, phase: Phase, seconds: float) -> PhaseResult:
         """Calibrates, measures and publishes the end of a phase."""
         steered = not job.fixed and job.name != "warmup"
-        asked, rate = (self.config.skip_rate, 0.0) if steered else (phase.target(job.steps), 0.0)
+        asked = 0.0  # of a warm-up
         if job.fixed:
+            asked = phase.target(job.steps)
             write_plan_into_routers(self.model, self.starts.static_plan())
-            rate = asked
         elif steered:
+            asked = self.config.skip_rate
             self.starts.calibrate([asked])
-            prompts = self.data.prompts(self.data.test)
-            rate = skip_rate_of(keep_masks(self.model, prompts))
-        else:
-            asked = 0.0  # a warm-up leaves a model that skips nothing
+        rate = skip_rate_of(keep_masks(self.model, self.data.prompts(self.data.test)))
         measured = self._evaluate(
             phase if not job.fixed else dataclasses.replace(phase, plans=None)
         )
