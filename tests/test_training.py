@@ -159,6 +159,13 @@ def test_training_continues_from_a_checkpoint_of_either_phase(way, start, whole,
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
 
 
+def test_layers_that_hold_their_share_in_phase_1_hold_the_asked_rate_together():
+    config = firstlm.TrainConfig.from_dict({"skip_rate": 0.3, "routers": {"hold": "per_layer"}})
+    model = routed_model("llama", router=firstlm.RouterConfig(protected=[0, -1]), draw=False)
+    share = router_phase(config, 10, model).follower.keep_share
+    assert sum(1 - share[layer] for layer in (1, 2, 3, 4)) / 6 == pytest.approx(0.3)
+
+
 def test_routers_start_from_importance_and_move(whole):
     model = firstlm.from_pretrained(whole.checkpoint, dtype=torch.float32)
     assert whole.health.distance > 0.01

@@ -107,7 +107,9 @@ def router_phase(config: TrainConfig, steps: int, model: Any) -> Phase:
     start = config.skip_rate if c.skip_rate_start is None else c.skip_rate_start
     rate = c.multiplier_lr if c.penalty == "multiplier" else 0.0
     thresholds = list(model.router_config.thresholds)
-    share = [1.0 - config.skip_rate] * len(thresholds)
+    # Protected layers skip nothing, so the free ones make up for them.
+    free = len(thresholds) - len(model.router_config.protected)
+    share = [1.0 - min(config.skip_rate * len(thresholds) / max(free, 1), 1.0)] * len(thresholds)
     return Phase(
         "routers",
         c.gate,
