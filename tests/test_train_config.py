@@ -114,6 +114,9 @@ def test_all_complaints_come_in_one_message():
         {"routers": {"steps": 0}},
         {"warmup": {"drop_temperature": 0.0}},
         {"calibrate_rates": [0.3, 1.0]},
+        {"plan_search_examples": 0},
+        {"plan_search_trials": -1},
+        {"data": {"messages_column": "chat", "prompt_column": "question"}},
     ],
 )
 def test_settings_that_cannot_work_are_refused(values):

@@ -420,6 +420,24 @@ def test_a_datasets_object_is_taken_as_it_is_and_long_examples_are_counted():
     assert sets.prompts(sets.train)[0] == sets.train[0]["input_ids"][:2]
 
 
+def test_columns_of_other_names_are_settings(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [{"question": f"say {i}", "reply": "b", "id": f"n{i}"} for i in range(200)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = DataConfig(train=str(file), prompt_column="question", answer_column="reply")
+    sets = load_train_data(config, _CountingTokenizer(), None, {}, 0, progress=False)
+    assert len(sets.train) + len(sets.validation) + len(sets.test) == 200
+
+
+def test_a_file_too_small_to_lend_examples_says_what_to_do(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    with pytest.raises(ValueError, match=r"too small to lend.*data\.validation"):
+        load_train_data(
+            DataConfig(train=str(file)), _CountingTokenizer(), None, {}, 0, progress=False
+        )
+
+
 def test_files_in_a_mixture_need_named_held_out_sets(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n')

@@ -37,6 +37,11 @@ class DataConfig:
     test: str | list[str] | None = setting(
         None, "as train; default: the test split of train's corpora"
     )
+    prompt_column: str | None = setting(None, "the prompts' column; default: prompt")
+    answer_column: str | None = setting(None, "the answers' column; default: answer")
+    messages_column: str | None = setting(
+        None, "the column of chats, in place of prompts and answers; default: messages"
+    )
     max_length: int = setting(
         512, "longer examples (prompt + answer, tokens) are dropped and counted"
     )

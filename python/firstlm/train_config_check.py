@@ -40,6 +40,8 @@ def _about_run(c: TrainConfig) -> Iterator[str]:
         yield from _positive(name, getattr(c, name), 0)
     yield from _positive("importance_examples", c.importance_examples)
     yield from _positive("plan_search_trade", c.plan_search_trade, 0)
+    yield from _positive("plan_search_examples", c.plan_search_examples)
+    yield from _positive("plan_search_trials", c.plan_search_trials, 0)
     yield from _share("sequence_average", c.sequence_average)
     if not 0.0 <= c.skip_rate < 0.95:
         yield f"skip_rate={c.skip_rate}: must be at least 0 and below 0.95"
@@ -52,6 +54,8 @@ def _about_run(c: TrainConfig) -> Iterator[str]:
     yield from _positive("data.test_prompts", c.data.test_prompts)
     if c.data.max_examples is not None:
         yield from _positive("data.max_examples", c.data.max_examples)
+    if c.data.messages_column and (c.data.prompt_column or c.data.answer_column):
+        yield "data: name either messages_column or prompt_column and answer_column, not both"
     yield from _positive("router.windows", c.router.windows)
     if c.router.windows != 1 and c.router.pooling != "windowed_mean":
         yield f"router.windows={c.router.windows}: goes with router.pooling=windowed_mean only"

@@ -74,7 +74,12 @@ def load_train_data(
         if _is_encoded(source):
             sets[name] = _first(source, limit)
         else:
-            dataset = _load(source, given.get("train") or settings.train, name, limit, seed)
+            columns = {
+                f"{kind}_column": getattr(settings, f"{kind}_column")
+                for kind in ("prompt", "answer", "messages")
+            }
+            train = given.get("train") or settings.train
+            dataset = _load(source, train, name, limit, seed, columns)
             encoded = encode_dataset(dataset, tokenizer, settings.max_length, progress=progress)
             too_long[name] = len(encoded.too_long)
             sets[name] = encoded
@@ -132,7 +137,9 @@ def _first(rows: Any, limit: int | None) -> Any:
     return rows if limit is None or len(rows) <= limit else [rows[i] for i in range(limit)]
 
 
-def _load(source: Any, train: Any, split: str, limit: int | None, seed: int) -> Any:
+def _load(
+    source: Any, train: Any, split: str, limit: int | None, seed: int, columns: Mapping[str, Any]
+) -> Any:
     """A set's examples: its own source, a split of the training corpora, or a share of a file."""
     if source is not None and split != "train":
         # A file given for a held-out set is all of it; a corpus or folder has the split.
@@ -141,7 +148,7 @@ def _load(source: Any, train: Any, split: str, limit: int | None, seed: int) -> 
         if any(whole) and not all(whole):
             raise ValueError(f"data.{split} mixes files and corpora: give one kind")
         own = None if all(whole) else split
-        return load_corpus(source, own, max_examples=limit, seed=seed)
+        return load_corpus(source, own, max_examples=limit, seed=seed, **columns)
     several = isinstance(train, (list, tuple))
     lone = [s for s in train if _has_one_split(s)] if several else []
     if lone and split != "train":
@@ -150,9 +157,15 @@ def _load(source: Any, train: Any, split: str, limit: int | None, seed: int) -> 
             "and data.test as well"
         )
     if several or not _has_one_split(train):
-        return load_corpus(train, split, max_examples=limit, seed=seed)
-    dataset = load_corpus(train)
-    dataset = dataset.filter(lambda example: _share_of(example["id"]) == split)
+        return load_corpus(train, split, max_examples=limit, seed=seed, **columns)
+    dataset = load_corpus(train, **columns)
+    whole = len(dataset)
+    dataset = dataset.select([i for i in range(whole) if _share_of(dataset[i]["id"]) == split])
+    if not len(dataset):
+        raise ValueError(
+            f"data.train has {whole} examples and no splits, too small to lend any to {split}: "
+            "name data.validation and data.test as well"
+        )
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
