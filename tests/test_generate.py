@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from firstlm import RouterConfig, SkipCache, SkipPlan
 from tiny_models import NUM_LAYERS, assert_adaptive, base_model, pad, prompts, routed_model
@@ -249,6 +255,7 @@ class TestSecondTurn:
         ({"budget": 0.95, "budget_mode": "exact"}, "may be skipped"),
         ({"budget": 0.3, "skip_plan": SkipPlan((0,), NUM_LAYERS)}, "not both"),
         ({"skip_plan": SkipPlan((0,), 4)}, "does not fit"),
+        ({"skip_plan": SkipPlan((1, 2), NUM_LAYERS)}, r"protected layers \[0\]"),
         ({"skip_plan": [SkipPlan((0,), NUM_LAYERS)] * 3}, "3 plans for 1 prompts"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -256,6 +263,30 @@ class TestSecondTurn:
 def test_what_cannot_work_is_refused_with_a_way_out(model, options, says):
     with pytest.raises(ValueError, match=says):
         model.generate(prompts([5])[0][None], **options)
+
+
+def test_plan_refuses_what_generate_refuses(model):
+    ids = prompts([5])[0][None]
+    with pytest.raises(ValueError, match=r"protected layers \[0\]"):
+        model.plan(ids, skip_plan=SkipPlan((1, 2), NUM_LAYERS))
+    with pytest.raises(ValueError, match="not both"):
+        model.plan(ids, skip_plan=SkipPlan.full(NUM_LAYERS), budget=0.3, budget_mode="exact")
+
+
+def test_beams_of_the_models_own_generation_config_count_as_one_prompt():
+    model = routed_model("llama")
+    model.generation_config.num_beams = 3
+    config = GenerationConfig(max_new_tokens=3, return_dict_in_generate=True)
+    out = model.generate(**pad(prompts(LENGTHS)), generation_config=config)
+    assert len(out.skip_plans) == len(out.keep_prob) == len(LENGTHS)
+
+
+def test_embeddings_stand_in_for_ids_that_are_none(model):
+    rows = pad(prompts(LENGTHS))
+    embeds = model.get_input_embeddings()(rows["input_ids"])
+    mask = rows["attention_mask"]
+    out = model.generate(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **LENGTH)
+    assert out.skip_plans == model.plan(**rows).skip_plans
 
 
 def test_assisted_and_paged_generation_are_refused(model):

@@ -50,11 +50,12 @@ def check_supported(defaults: GenerationConfig, kwargs: Mapping[str, Any]) -> in
     Raises:
         ValueError: an unsupported option; the message names the way out.
     """
-    config = kwargs.get("generation_config") or defaults
+    # As transformers: what neither the call nor its config says, the model's own config does.
+    configs = [c for c in (kwargs.get("generation_config"), defaults) if c is not None]
 
     def option(name: str) -> Any:
-        value = kwargs.get(name)
-        return value if value is not None else getattr(config, name, None)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
 
     for name, reason in _UNSUPPORTED.items():
         if option(name) is not None:

@@ -27,6 +27,7 @@ from firstlm.routing import RoutedLayer, Routing, is_unobserved, routed_layer_cl
 from firstlm.skip_cache import SkipCache
 from firstlm.skip_plan import (
     SkipPlan,
+    check_protected,
     check_skip_rate,
     exact_budget_mask,
     mask_to_plans,
@@ -217,6 +218,11 @@ class RoutedModel:
             budget, budget_mode: as in `generate`.
             **kwargs: as in `forward`, for example `prompt_mask`, `thresholds` or `skip_plan`.
         """
+        if kwargs.get("skip_plan") is not None:
+            if budget is not None:
+                raise ValueError("pass skip_plan or budget, not both")
+            mask = plans_to_mask(kwargs["skip_plan"], len(input_ids), len(self.decoder_layers))
+            check_protected(mask, self.router_config.protected)
         if budget is not None:
             kwargs |= self._budget_arguments(
                 budget, budget_mode, input_ids, attention_mask, kwargs.get("inputs_embeds")
@@ -295,12 +301,14 @@ class RoutedModel:
             raise ValueError("pass skip_plan or budget, not both")
         kwargs = named_arguments(inputs, args, kwargs)
         rows_per_prompt = check_supported(self.generation_config, kwargs)
-        prompt = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        prompt = kwargs.get("input_ids")
+        prompt = kwargs.get("inputs_embeds") if prompt is None else prompt
         if prompt is None:
             raise ValueError("generate needs input_ids [B, T] or inputs_embeds [B, T, D]")
         if skip_plan is not None:
             num_layers = len(self.decoder_layers)
             skip_plan = plans_to_mask(skip_plan, prompt.shape[0], num_layers)
+            check_protected(skip_plan, self.router_config.protected)
         cache = kwargs.get("past_key_values")
         cache = kwargs["past_key_values"] = SkipCache(self.config) if cache is None else cache
         drop_cache_if_replanned(
@@ -323,9 +331,18 @@ class RoutedModel:
         return result
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As the base's; what decides plans goes into the first pass only."""
+        """As the base's; what decides plans goes into the first pass only.
+
+        `inputs_embeds` has a name of its own because transformers looks for it in the signature.
+        """
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         if not is_first_iteration:
             for name in (
                 "skip_plan",

@@ -292,6 +292,16 @@ def exact_budget_mask(
     return mask.scatter_(1, dropped, False)
 
 
+def check_protected(keep_mask: torch.Tensor, protected: Iterable[int]) -> None:
+    """Raises ValueError if a row of the keep mask `[B, L]` skips a protected layer."""
+    skipped = [layer for layer in protected if not bool(keep_mask[:, layer].all())]
+    if skipped:
+        raise ValueError(
+            f"skip_plan skips the protected layers {skipped}: keep them, or change "
+            "model.router_config.protected"
+        )
+
+
 def check_skip_rate(skip_rate: float) -> None:
     """Raises ValueError unless `skip_rate` lies in [0, 1)."""
     if not 0.0 <= skip_rate < 1.0:
