@@ -126,6 +126,12 @@ def test_sampling_is_seeded(command, checkpoint: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_top_p_of_0_is_the_likeliest_token(command, checkpoint: Path) -> None:
+    options = ("generate", "-c", checkpoint, "-n", 8, "x")
+    narrow = command(*options, "--temperature", 5, "--top-p", 0).out
+    assert narrow == command(*options).out
+
+
 def test_a_base_without_routers_keeps_every_layer(command, base: Path) -> None:
     result = command("plan", "-c", base, "--raw", "a")
     assert result.out.split()[0] == "▮" * LAYERS

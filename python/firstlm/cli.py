@@ -203,7 +203,8 @@ def generate(
     prompts = cli_input.read_prompts([prompt] if prompt is not None else [], file)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+        sampling |= {"temperature": temperature, "top_k": top_k or 0}
+        sampling |= {"top_p": 1.0 if top_p is None else top_p}
     elif top_k is not None or top_p is not None:
         raise typer.BadParameter("--top-k and --top-p need --temperature above 0")
     model, tokenizer = cli_input.load(checkpoint, dtype)
