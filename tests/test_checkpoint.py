@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import pipeline
 
 import firstlm
-from firstlm import RouterConfig
+from firstlm import RouterConfig, checkpoint
 from firstlm.checkpoint import router_state_dict
 from tiny_gguf import write_tiny_gguf
 from tiny_models import base_model, draw_routers, pad, prompts, routed_model, tiny_base_path
@@ -62,6 +62,34 @@ def test_an_adapter_round_trips_with_its_routers(tmp_path):
     torch.testing.assert_close(logits(merged), with_adapter, rtol=1e-6, atol=1e-8)
     plain = firstlm.from_pretrained(tmp_path, dtype=torch.float64, adapter=False)
     assert not any("lora" in name for name, _ in plain.named_parameters())
+
+
+def test_a_merged_adapter_is_not_lost_by_saving(tmp_path):
+    model = routed_model("llama")
+    model.add_adapter(lora())
+    model.save_pretrained(tmp_path)
+    merged = firstlm.from_pretrained(tmp_path, merge_adapter=True)
+    with pytest.raises(ValueError, match="load without merge_adapter"):
+        merged.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_the_base_of_a_checkpoint_is_asked_for_in_its_revision(tmp_path, monkeypatch):
+    model = routed_model("llama")
+    model.router_config.base_model_name_or_path = "owner/name"
+    model.router_config.base_revision = "abc123"
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def refuse(base, **options):
+        asked.append((base, options))
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(checkpoint, "base_config_sha256", refuse)
+    for options, revision in (({}, "abc123"), ({"revision": "main"}, "main")):
+        with pytest.raises(OSError, match="no hub"):
+            firstlm.from_pretrained(tmp_path, **options)
+        assert asked.pop() == ("owner/name", {"revision": revision})
 
 
 def test_saving_without_the_adapter_removes_a_stale_one(tmp_path):

@@ -177,6 +177,13 @@ def test_unsupported_models_get_one_clear_error_at_load(config, says, tmp_path):
         firstlm.from_pretrained(tmp_path)
 
 
+def test_a_model_that_tells_its_layers_nothing_is_refused_at_load(tmp_path):
+    config = transformers.BloomConfig(vocab_size=11, hidden_size=16, n_layer=2, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not pass keyword arguments on"):
+        firstlm.from_pretrained(tmp_path)
+
+
 def test_a_model_keeps_its_class_name_and_layer_names():
     routed, base = routed_model("llama"), base_model("llama")
     assert type(routed).__name__ == "LlamaForCausalLM"

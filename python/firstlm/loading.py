@@ -39,7 +39,8 @@ def from_pretrained(
             adapter.
         dtype: of the base's weights, a torch dtype or its name; None as transformers chooses.
         device_map: as transformers takes it.
-        merge_adapter: merge the adapter into the weights (faster decode, no more adapter training).
+        merge_adapter: merge the adapter into the weights: faster decode, but no more adapter
+            training and no `save_pretrained`, which never writes the base's weights.
         **kwargs: handed to transformers' `from_pretrained` (`revision`, `attn_implementation`, …).
 
     Returns:
@@ -52,7 +53,9 @@ def from_pretrained(
     folder = None
     if checkpoint.is_checkpoint(base):
         folder = Path(base)
-        base = _base_of(folder)
+        base, revision = _base_of(folder)
+        if revision is not None and not Path(base).exists():  # of a hub, where branches move on
+            kwargs.setdefault("revision", revision)
     if folder is not None and adapter is None:
         adapter = folder / checkpoint.ADAPTER_FOLDER
         adapter = adapter if adapter.is_dir() else None
@@ -79,16 +82,18 @@ def from_pretrained(
     )
     if routers is not None:
         checkpoint.load_routers(model, routers)
+    check_layers_are_told(model)
     if adapter:
         _attach_adapter(model, str(adapter), merge_adapter)
     return model.eval()
 
 
-def _base_of(folder: Path) -> str:
-    base = checkpoint.read_router_config(folder).base_model_name_or_path
-    if base is None:
+def _base_of(folder: Path) -> tuple[str, str | None]:
+    """The base that a checkpoint names, and its revision if it came from a hub."""
+    config = checkpoint.read_router_config(folder)
+    if config.base_model_name_or_path is None:
         raise ValueError(f"{folder / checkpoint.CONFIG_NAME} names no base_model_name_or_path")
-    return base
+    return config.base_model_name_or_path, config.base_revision
 
 
 def _absolute(base: str | os.PathLike[str]) -> str:
@@ -184,10 +189,39 @@ def check_routable(model: PreTrainedModel) -> None:
         )
 
 
+class _FirstLayerReached(Exception):
+    """Carries whether the layer was handed a `routing`."""
+
+
+def check_layers_are_told(model: PreTrainedModel) -> None:
+    """Raises ValueError if the model keeps `routing` from its decoder layers.
+
+    Some models' layers take keyword arguments that their decoder does not pass on. One token goes
+    as far as the first layer to see that.
+    """
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstLayerReached(kwargs.get("routing") is not None)
+
+    handle = find_decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except _FirstLayerReached as reached:
+        if not reached.args[0]:
+            raise ValueError(
+                f"{type(model).__name__} does not pass keyword arguments on to its decoder layers, "
+                "through which firstlm tells a layer its plan; a newer transformers may"
+            ) from None
+    finally:
+        handle.remove()
+
+
 def _attach_adapter(model: PreTrainedModel, adapter: str, merge: bool) -> None:
     if merge:
         from peft import PeftModel
 
         PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model.merged_adapter = adapter
     else:
         model.load_adapter(adapter)

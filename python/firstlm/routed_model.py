@@ -57,9 +57,11 @@ class RoutedModel:
     Attributes:
         router_config: resolved `RouterConfig`.
         decoder_layers: the base's `ModuleList`; each layer has a `router`.
+        merged_adapter: the adapter that `from_pretrained` merged into the base's weights, if any.
     """
 
     router_config: RouterConfig
+    merged_adapter: str | None = None
 
     # -- construction -----------------------------------------------------------------------------
     def attach_routers(self, config: RouterConfig) -> None:
@@ -281,7 +283,7 @@ class RoutedModel:
         Args:
             inputs: token ids `[B, T]` (also as `input_ids=`), left-padded.
             skip_plan: replaces the routers' decisions: one plan, or one a prompt (repeated for
-                beams and return sequences).
+                beams and return sequences). It keeps the protected layers.
             budget: asked skip rate. "threshold": calibrated thresholds, right on average, one
                 prefill. "exact": the same number of layers for every prompt, two prefills with
                 `prefill="route"`.
@@ -385,7 +387,15 @@ class RoutedModel:
         Args:
             save_directory: gets `router_config.json`, `router.safetensors` and `adapter/`.
             push_to_hub: also upload, as transformers' `push_to_hub` does (`repo_id=`, `token=`, …).
+
+        Raises:
+            ValueError: `from_pretrained` has merged an adapter into the base.
         """
+        if self.merged_adapter is not None:
+            raise ValueError(
+                f"the adapter {self.merged_adapter} is merged into the base's weights, which are "
+                "never saved: load without merge_adapter to save a checkpoint"
+            )
         save_checkpoint(self, save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", str(save_directory).rstrip("/").split("/")[-1])
