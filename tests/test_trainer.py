@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from firstlm import SkipPlan
 from firstlm.data_order import ShuffledSteps
@@ -385,6 +386,17 @@ def test_interrupt_and_resume_gives_the_weights_of_an_uninterrupted_run_to_the_b
         assert torch.equal(a[key], b[key]), key
     assert whole.router_config.thresholds == second.router_config.thresholds
     assert json.dumps(phase.state_dict()) == json.dumps(resumed.state_dict())
+
+
+def test_a_signal_to_one_process_stops_them_all(tmp_path, monkeypatch):
+    """Else the main process would publish the phase, cut short, as finished."""
+    trainer = make_trainer(model_with_adapter(), PHASES["warm-up"](), tmp_path)
+    nothing = {"steered_rate": 0.0}
+    trainer.stats = SimpleNamespace(gather=lambda _: None, close=lambda *_: nothing)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.tensor([int(own), 15]))
+    assert trainer.after_optimizer_step()
+    assert trainer.guard.signal_number == 15
 
 
 def test_half_a_checkpoint_is_never_taken_for_a_whole_one(tmp_path):

@@ -203,10 +203,14 @@ def check_layers_are_told(model: PreTrainedModel) -> None:
     def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _FirstLayerReached(kwargs.get("routing") is not None)
 
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # offloaded: accelerate's hooks move what goes in
+        device = torch.device("cpu")
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
     handle = find_decoder_layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+            model(input_ids=token)
     except _FirstLayerReached as reached:
         if not reached.args[0]:
             raise ValueError(

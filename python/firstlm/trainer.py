@@ -273,11 +273,12 @@ class Trainer(transformers.Trainer):
         self.phase.multiplier.step(asked, record["steered_rate"])
         if self.phase.follower is not None and self.phase.plans is None:
             self.model.set_thresholds(self.phase.follower.step(self.stats.last_keep_prob, asked))
-        stop = self.guard.requested
-        if self.args.world_size > 1:  # all processes must stop after the same step
-            flag = torch.tensor([int(stop)], device=self.args.device)
-            stop = bool(self.accelerator.gather(flag).max())
-        return stop
+        if self.args.world_size > 1:  # all processes must stop after the same step, and know why
+            number = torch.tensor([self.guard.signal_number or 0], device=self.args.device)
+            asked_by_any = int(self.accelerator.gather(number).max())
+            if asked_by_any:
+                self.guard.request(asked_by_any)
+        return self.guard.requested
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds cross-entropy and skip rates since the last line."""
