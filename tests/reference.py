@@ -108,3 +108,26 @@ def scatter_add_rows(hidden: Tensor, rows: Tensor, update: Tensor) -> Tensor:
         if row >= 0:
             out[row] = out[row] + update[r]
     return torch.stack(out) if out else hidden.clone()
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    scale: float,
+    soft_cap: float,
+) -> Tensor:
+    """[R, Hq, D] over slots [begin, end) of [R, H, C, D] -> [R, Hq, D] float64."""
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    group = query.shape[1] // keys.shape[1]
+    for r, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        k, v = (
+            cache[r, :, first:last].double().repeat_interleave(group, 0) for cache in (keys, values)
+        )  # [Hq, n, D]
+        scores = scale * (k @ query[r].double().unsqueeze(2))  # [Hq, n, 1]
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        output[r] = (torch.softmax(scores, 1) * v).sum(1)
+    return output

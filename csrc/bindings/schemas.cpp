@@ -23,6 +23,10 @@ void define_ops(torch::Library& m) {
   m.def("scatter_rows(Tensor hidden, Tensor rows, Tensor values, Tensor? gate) -> Tensor");
   m.def("scatter_rows_(Tensor(a!) hidden, Tensor rows, Tensor values, Tensor? gate) -> ()");
   m.def("scatter_add_rows_(Tensor(a!) hidden, Tensor rows, Tensor update) -> ()");
+
+  m.def(
+      "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor begin, Tensor end, "
+      "float scale, float soft_cap) -> Tensor");
 }
 
 }  // namespace firstlm

@@ -98,6 +98,10 @@ T dot(const T* a, const T* b, int64_t n) {
   return total;
 }
 
+#include "vec_math-inl.h"
+// After the functions that it calls.
+#include "attention-inl.h"
+
 constexpr Kernels make_kernels(const char* isa) {
   return {
       isa,
@@ -106,5 +110,7 @@ constexpr Kernels make_kernels(const char* isa) {
       {add<float>, add<double>, add<BFloat16>, add<Float16>},
       dot<float>,
       dot<double>,
+      {attend<float>, attend<double>, attend<BFloat16>, attend<Float16>},
+      {merge_splits<float>, merge_splits<double>, merge_splits<BFloat16>, merge_splits<Float16>},
   };
 }

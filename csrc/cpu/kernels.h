@@ -12,6 +12,39 @@ namespace firstlm {
 // Rows that add_rows takes at once, so that the sums pass through L1 once for all of them.
 inline constexpr int kRowsPerPass = 4;
 
+// Slots of the cache that decode attention takes at once, whatever the threads: results do not
+// depend on their number.
+inline constexpr int64_t kSlotsPerSplit = 256;
+
+// head_dim rounded up so that vectors of every instruction set end with it.
+constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
+
+// The query heads that share a key/value head, over some consecutive slots of the cache. Queries,
+// maxima, totals and sums are of the accumulator's type.
+struct AttentionSplit {
+  int64_t G, D, slots;        // slots in [1, kSlotsPerSplit]
+  int64_t next_slots;         // that follow them and are the next to be read, 0 if not known
+  const void* queries;        // [G, padded D], times the scale; zeros beyond D
+  const void *keys, *values;  // [slots, D] from the first slot on
+  int64_t stride_keys;        // elements from slot to slot
+  int64_t stride_values;      //
+  double soft_cap;            // scores become cap * tanh(score / cap) if positive
+  int64_t stride_totals;      // elements from query head to query head
+  int64_t stride_sums;        //
+  void* maxima;               // [G]: the greatest score
+  void* totals;               // [G]: the sum of exp(score - maximum)
+  void* sums;                 // [G, padded D]: the sum of values times exp(score - maximum)
+};
+
+// The splits of one query head, at least one.
+struct SplitMerge {
+  int64_t splits, D;
+  void* maxima;        // [splits]; overwritten
+  const void* totals;  // [splits]
+  const void* sums;    // [splits, padded D]
+  void* output;        // [D] of the table index's type
+};
+
 struct Kernels {
   const char* isa;
 
@@ -31,6 +64,12 @@ struct Kernels {
 
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   double (*dot_f64)(const double* a, const double* b, int64_t n);
+
+  // Keys and values are of the table index's type.
+  void (*attend[kNumDTypes])(const AttentionSplit& split);
+
+  // The weighted mean of the values of all splits.
+  void (*merge_splits[kNumDTypes])(const SplitMerge& merge);
 };
 
 // The best table of this machine, or the one that the environment variable FIRSTLM_ISA names;

@@ -2,6 +2,8 @@
 
 struct F32 {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
+  static constexpr float kRoundingShift = 0x1.8p23f;
   __m256 v;
 
   static F32 zero() { return {_mm256_setzero_ps()}; }
@@ -29,8 +31,22 @@ struct F32 {
   }
 
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+
+  static F32 power_of_two(F32 shifted) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+    const __m256i one = _mm256_castps_si256(_mm256_set1_ps(1));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(bits, one))};
+  }
+
+  static void store_sums(const F32 (&v)[4], float* to) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(v[0].v, v[1].v), _mm256_hadd_ps(v[2].v, v[3].v));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
 
   float sum() const {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -47,6 +63,8 @@ struct F32 {
 
 struct F64 {
   static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 16;
+  static constexpr double kRoundingShift = 0x1.8p52;
   __m256d v;
 
   static F64 zero() { return {_mm256_setzero_pd()}; }
@@ -55,8 +73,21 @@ struct F64 {
   void store(double* to) const { _mm256_storeu_pd(to, v); }
 
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  static F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
   friend F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
+
+  static F64 power_of_two(F64 shifted) {
+    const __m256i bits = _mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52);
+    const __m256i one = _mm256_castpd_si256(_mm256_set1_pd(1));
+    return {_mm256_castsi256_pd(_mm256_add_epi64(bits, one))};
+  }
+
+  static void store_sums(const F64 (&v)[4], double* to) {
+    for (int i = 0; i < 4; ++i) to[i] = v[i].sum();
+  }
 
   double sum() const {
     const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

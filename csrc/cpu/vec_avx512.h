@@ -2,6 +2,8 @@
 
 struct F32 {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
+  static constexpr float kRoundingShift = 0x1.8p23f;
   __m512 v;
 
   static F32 zero() { return {_mm512_setzero_ps()}; }
@@ -28,11 +30,36 @@ struct F32 {
   }
 
   static F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+
+  static F32 power_of_two(F32 shifted) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+    const __m512i one = _mm512_castps_si512(_mm512_set1_ps(1));
+    return {_mm512_castsi512_ps(_mm512_add_epi32(bits, one))};
+  }
+
+  static void store_sums(const F32 (&v)[4], float* to) {
+    const __m512 ab = halves_added(v[0].v, v[1].v), cd = halves_added(v[2].v, v[3].v);
+    // Quarters of 128 bits: one for each of the four vectors.
+    __m512 x =
+        _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, x)));
+  }
+
   float sum() const { return _mm512_reduce_add_ps(v); }
 
  private:
+  // In 256 bits each: the lower half of a plus its upper half, then b's.
+  static __m512 halves_added(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
   static __m256i load_16_bit(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
   }
@@ -43,6 +70,8 @@ struct F32 {
 
 struct F64 {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 32;
+  static constexpr double kRoundingShift = 0x1.8p52;
   __m512d v;
 
   static F64 zero() { return {_mm512_setzero_pd()}; }
@@ -51,7 +80,21 @@ struct F64 {
   void store(double* to) const { _mm512_storeu_pd(to, v); }
 
   static F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  static F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
   friend F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  friend F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  friend F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+
+  static F64 power_of_two(F64 shifted) {
+    const __m512i bits = _mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52);
+    const __m512i one = _mm512_castpd_si512(_mm512_set1_pd(1));
+    return {_mm512_castsi512_pd(_mm512_add_epi64(bits, one))};
+  }
+
+  static void store_sums(const F64 (&v)[4], double* to) {
+    for (int i = 0; i < 4; ++i) to[i] = v[i].sum();
+  }
+
   double sum() const { return _mm512_reduce_add_pd(v); }
 };

@@ -1,9 +1,10 @@
 // Vectors in plain C++, for machines without a better file and as the twin that the others are
-// tested against. Include inside an anonymous namespace.
+// tested against. Include inside an anonymous namespace. This file says what every vec_*.h has.
 
-template <class Scalar, int kWidth>
+template <class Scalar, class Bits, int kMantissaBits, int kWidth>
 struct PortableVec {
   static constexpr int kLanes = kWidth;
+  static constexpr int kRegisters = 16;  // vectors that the machine holds at once
   Scalar lane[kWidth];
 
   static PortableVec zero() { return PortableVec{}; }
@@ -31,6 +32,32 @@ struct PortableVec {
     return c;
   }
 
+  // The greater one; if either is NaN, b or NaN.
+  static PortableVec max(PortableVec a, PortableVec b) {
+    for (int i = 0; i < kWidth; ++i) b.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return b;
+  }
+
+  // 2^k in each lane of shifted = kRoundingShift + k: what is added to a number to round it to an
+  // integer k leaves k in the mantissa's last bits. 2^k must be a normal number.
+  static constexpr Scalar kRoundingShift = Scalar(1.5) * (Bits(1) << kMantissaBits);
+  static PortableVec power_of_two(PortableVec shifted) {
+    for (int i = 0; i < kWidth; ++i) {
+      const Scalar one = 1;
+      Bits bits, bits_of_one;
+      __builtin_memcpy(&bits, &shifted.lane[i], sizeof bits);
+      __builtin_memcpy(&bits_of_one, &one, sizeof one);
+      bits = (bits << kMantissaBits) + bits_of_one;
+      __builtin_memcpy(&shifted.lane[i], &bits, sizeof bits);
+    }
+    return shifted;
+  }
+
+  // to[i] = v[i].sum(), cheaper than four sums where lanes of several vectors can be added at once.
+  static void store_sums(const PortableVec (&v)[4], Scalar* to) {
+    for (int i = 0; i < 4; ++i) to[i] = v[i].sum();
+  }
+
   Scalar sum() const {
     Scalar total = 0;
     for (int i = 0; i < kWidth; ++i) total += lane[i];
@@ -46,7 +73,15 @@ struct PortableVec {
     for (int i = 0; i < kWidth; ++i) a.lane[i] -= b.lane[i];
     return a;
   }
+  friend PortableVec operator*(PortableVec a, PortableVec b) {
+    for (int i = 0; i < kWidth; ++i) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  friend PortableVec operator/(PortableVec a, PortableVec b) {
+    for (int i = 0; i < kWidth; ++i) a.lane[i] /= b.lane[i];
+    return a;
+  }
 };
 
-using F32 = PortableVec<float, 4>;
-using F64 = PortableVec<double, 2>;
+using F32 = PortableVec<float, uint32_t, 23, 4>;
+using F64 = PortableVec<double, uint64_t, 52, 2>;

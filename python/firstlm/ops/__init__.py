@@ -7,6 +7,7 @@ kernel of ours are in `csrc/bindings`.
 from firstlm.ops.library import LIBRARY, isa, isa_levels  # first: it registers the ops
 
 # isort: split
+from firstlm.ops.attention import decode_attention
 from firstlm.ops.kv import kv_append
 from firstlm.ops.router import PoolKind, router_head, router_pool
 from firstlm.ops.rows import (
@@ -20,6 +21,7 @@ from firstlm.ops.rows import (
 __all__ = [
     "LIBRARY",
     "PoolKind",
+    "decode_attention",
     "gather_rows",
     "isa",
     "isa_levels",

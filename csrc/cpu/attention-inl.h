@@ -1,0 +1,288 @@
+// One split of decode attention, written once over F32 and F64 of a vec_*.h. Include after
+// vec_math-inl.h, inside the same anonymous namespace.
+//
+// The keys of a split are scored, the scores become weights, the values are summed: three loops, so
+// that a split needs no running maximum. Keys and values are read from memory once for all query
+// heads of a group; what several passes of heads read again is in L1.
+
+// Query heads whose sums stay in registers beside four keys or four vectors of values.
+template <class Vec>
+inline constexpr int kHeadsPerPass = Vec::kRegisters >= 32 ? 4 : 3;
+
+inline constexpr int kHeadsPerChunk = 16;     // whose scores are on the stack
+inline constexpr int kSlotsPerBlock = 16;     // that all passes of heads go over while in L1
+inline constexpr int kPrefetchBytes = 16384;  // how far ahead: latency times bandwidth, and more
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// body(Constant<heads>, first head), in as few passes as registers allow, of about the same size.
+template <class Vec, class Body>
+void for_each_pass(int64_t heads, const Body& body) {
+  static_assert(kHeadsPerPass<Vec> <= 4);
+  int64_t passes = (heads + kHeadsPerPass<Vec> - 1) / kHeadsPerPass<Vec>;
+  for (int64_t g = 0; g < heads; --passes) {
+    const int64_t count = (heads - g + passes - 1) / passes;
+    switch (count) {
+      case 1:
+        body(Constant<1>{}, g);
+        break;
+      case 2:
+        body(Constant<2>{}, g);
+        break;
+      case 3:
+        body(Constant<3>{}, g);
+        break;
+      case 4:
+        body(Constant<4>{}, g);
+        break;
+    }
+    g += count;
+  }
+}
+
+// The first n < kLanes elements, then zeros.
+template <class Vec, class T>
+Vec load_first(const T* from, int64_t n) {
+  T lanes[Vec::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
+  return Vec::load(lanes);
+}
+
+// The line `ahead` elements after a vector of elements; a line that holds more vectors is fetched
+// once, if rows begin with a line.
+template <class T>
+inline void prefetch(const T* row, int64_t d, int64_t ahead) {
+  constexpr int64_t kPerLine = 64 / int64_t(sizeof(T));
+  if (d % kPerLine == 0) __builtin_prefetch(row + d + ahead);
+}
+
+// Splits are read block by block: their keys, their values, then the next split's keys. From the
+// block at `slot` (values follow keys) to the one that is to be prefetched meanwhile: elements.
+template <class T>
+int64_t elements_ahead(const AttentionSplit& split, const T* block, int64_t slot) {
+  const int64_t block_bytes = kSlotsPerBlock * split.D * int64_t(sizeof(T));
+  const int64_t blocks = (kPrefetchBytes + block_bytes - 1) / block_bytes;
+  const int64_t target = slot + blocks * kSlotsPerBlock;
+  const T* keys = static_cast<const T*>(split.keys);
+  const T* values = static_cast<const T*>(split.values);
+  if (target < split.slots) return keys + target * split.stride_keys - block;
+  const int64_t value = target - split.slots;
+  if (value < split.slots) return values + value * split.stride_values - block;
+  const int64_t next = value - split.slots;
+  return next < split.next_slots ? keys + (split.slots + next) * split.stride_keys - block : 0;
+}
+
+// queries [kHeads, D_padded], keys [kKeys, D] -> scores [kHeads, kKeys] in rows of kSlotsPerSplit.
+template <class T, int kHeads, int kKeys>
+void score_keys(const AttentionSplit& split, const Accumulator<T>* queries, const T* keys,
+                int64_t ahead, Accumulator<T>* scores) {
+  using Vec = typename VecOf<T>::type;
+  const int64_t D = split.D, D_padded = padded_head_dim(D);
+  Vec sums[kHeads][kKeys];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int k = 0; k < kKeys; ++k) sums[h][k] = Vec::zero();
+  }
+  const auto add = [&](Vec key, int k, int64_t d) {
+    for (int h = 0; h < kHeads; ++h) {
+      sums[h][k] = Vec::fma(key, Vec::load(queries + h * D_padded + d), sums[h][k]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + Vec::kLanes <= D; d += Vec::kLanes) {
+    for (int k = 0; k < kKeys; ++k) {
+      const T* key = keys + k * split.stride_keys;
+      prefetch(key, d, ahead);
+      add(Vec::load(key + d), k, d);
+    }
+  }
+  if (d < D) {
+    for (int k = 0; k < kKeys; ++k) {
+      add(load_first<Vec>(keys + k * split.stride_keys + d, D - d), k, d);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    if constexpr (kKeys == 4) {
+      Vec::store_sums(sums[h], scores + h * kSlotsPerSplit);
+    } else {
+      for (int k = 0; k < kKeys; ++k) scores[h * kSlotsPerSplit + k] = sums[h][k].sum();
+    }
+  }
+}
+
+template <class T>
+void score_split(const AttentionSplit& split, const Accumulator<T>* queries, int64_t heads,
+                 Accumulator<T>* scores) {
+  using Vec = typename VecOf<T>::type;
+  constexpr int kKeys = 4;
+  const int64_t D_padded = padded_head_dim(split.D);
+  for (int64_t first = 0; first < split.slots; first += kSlotsPerBlock) {
+    const int64_t left = split.slots - first;
+    const int64_t n = left < kSlotsPerBlock ? left : kSlotsPerBlock;
+    const T* keys = static_cast<const T*>(split.keys) + first * split.stride_keys;
+    const int64_t target = elements_ahead(split, keys, first);
+    for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
+      const Accumulator<T>* of_heads = queries + g * D_padded;
+      Accumulator<T>* to = scores + g * kSlotsPerSplit + first;
+      const int64_t ahead = g == 0 ? target : 0;
+      const T* key = keys;
+      int64_t i = 0;
+      for (; i + kKeys <= n; i += kKeys, key += kKeys * split.stride_keys) {
+        score_keys<T, count.value, kKeys>(split, of_heads, key, ahead, to + i);
+      }
+      for (; i < n; ++i, key += split.stride_keys) {
+        score_keys<T, count.value, 1>(split, of_heads, key, ahead, to + i);
+      }
+    });
+  }
+}
+
+// scores [n] of one head -> exp(score - maximum), in place, after the soft cap. What follows them
+// up to a whole vector is overwritten.
+template <class Vec, class Scalar>
+void weigh(Scalar* scores, int64_t n, Scalar soft_cap, Scalar* maximum, Scalar* total) {
+  constexpr Scalar kInfinity = Scalar(__builtin_inf());
+  for (int64_t i = n; i % Vec::kLanes != 0; ++i) scores[i] = -kInfinity;
+  if (soft_cap > 0) {
+    const Vec cap = Vec::broadcast(soft_cap);
+    for (int64_t i = 0; i < n; i += Vec::kLanes) {
+      (cap * tanh(Vec::load(scores + i) / cap)).store(scores + i);
+    }
+    for (int64_t i = n; i % Vec::kLanes != 0; ++i) scores[i] = -kInfinity;
+  }
+  Vec greatest = Vec::broadcast(-kInfinity);
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    greatest = Vec::max(Vec::load(scores + i), greatest);
+  }
+  Scalar lanes[Vec::kLanes];
+  greatest.store(lanes);
+  *maximum = lanes[0];
+  for (const Scalar lane : lanes) *maximum = lane > *maximum ? lane : *maximum;
+
+  // Finite, so that scores of minus infinity weigh nothing rather than NaN.
+  const Vec base = Vec::max(Vec::broadcast(MathOf<Vec>::kLowest), Vec::broadcast(*maximum));
+  Vec sum = Vec::zero();
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    const Vec weights = exp_of_nonpositive(Vec::load(scores + i) - base);
+    weights.store(scores + i);
+    sum = sum + weights;
+  }
+  *total = sum.sum();
+}
+
+// sums [kHeads, …] += weights [kHeads, n] x values [n, …] in kVectors vectors of columns, or, if
+// that is 0, in the last `width` columns. Weights are in rows of kSlotsPerSplit.
+template <class T, int kHeads, int kVectors>
+void add_values(const AttentionSplit& split, const Accumulator<T>* weights, const T* values,
+                int64_t n, int64_t width, int64_t ahead, Accumulator<T>* sums) {
+  using Vec = typename VecOf<T>::type;
+  constexpr int kColumns = kVectors > 0 ? kVectors : 1;
+  Vec sum[kHeads][kColumns];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int c = 0; c < kColumns; ++c) {
+      sum[h][c] = Vec::load(sums + h * split.stride_sums + c * Vec::kLanes);
+    }
+  }
+  for (int64_t t = 0; t < n; ++t, values += split.stride_values) {
+    Vec weight[kHeads];
+    for (int h = 0; h < kHeads; ++h) weight[h] = Vec::broadcast(weights[h * kSlotsPerSplit + t]);
+    for (int c = 0; c < kColumns; ++c) {
+      prefetch(values, c * Vec::kLanes, ahead);
+      const Vec value =
+          kVectors > 0 ? Vec::load(values + c * Vec::kLanes) : load_first<Vec>(values, width);
+      for (int h = 0; h < kHeads; ++h) sum[h][c] = Vec::fma(value, weight[h], sum[h][c]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    for (int c = 0; c < kColumns; ++c) {
+      sum[h][c].store(sums + h * split.stride_sums + c * Vec::kLanes);
+    }
+  }
+}
+
+template <class T>
+void sum_split(const AttentionSplit& split, const Accumulator<T>* weights, int64_t heads,
+               Accumulator<T>* sums) {
+  using Vec = typename VecOf<T>::type;
+  constexpr int64_t kLanes = Vec::kLanes;
+  for (int64_t first = 0; first < split.slots; first += kSlotsPerBlock) {
+    const int64_t left = split.slots - first;
+    const int64_t n = left < kSlotsPerBlock ? left : kSlotsPerBlock;
+    const T* values = static_cast<const T*>(split.values) + first * split.stride_values;
+    const int64_t target = elements_ahead(split, values, split.slots + first);
+    for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
+      constexpr int kHeads = decltype(count)::value;
+      const Accumulator<T>* of_heads = weights + g * kSlotsPerSplit + first;
+      Accumulator<T>* to = sums + g * split.stride_sums;
+      const int64_t ahead = g == 0 ? target : 0;
+      int64_t d = 0;
+      for (; d + 4 * kLanes <= split.D; d += 4 * kLanes) {
+        add_values<T, kHeads, 4>(split, of_heads, values + d, n, 0, ahead, to + d);
+      }
+      for (; d + kLanes <= split.D; d += kLanes) {
+        add_values<T, kHeads, 1>(split, of_heads, values + d, n, 0, ahead, to + d);
+      }
+      if (d < split.D) {
+        add_values<T, kHeads, 0>(split, of_heads, values + d, n, split.D - d, ahead, to + d);
+      }
+    });
+  }
+}
+
+template <class T>
+void attend(const AttentionSplit& split) {
+  using Sum = Accumulator<T>;
+  using Vec = typename VecOf<T>::type;
+  const int64_t D_padded = padded_head_dim(split.D);
+  Sum scores[kHeadsPerChunk * kSlotsPerSplit];
+  for (int64_t g = 0; g < split.G; g += kHeadsPerChunk) {
+    const int64_t heads = split.G - g < kHeadsPerChunk ? split.G - g : kHeadsPerChunk;
+    score_split<T>(split, static_cast<const Sum*>(split.queries) + g * D_padded, heads, scores);
+    Sum* sums = static_cast<Sum*>(split.sums) + g * split.stride_sums;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t at = (g + h) * split.stride_totals;
+      weigh<Vec>(scores + h * kSlotsPerSplit, split.slots, Sum(split.soft_cap),
+                 static_cast<Sum*>(split.maxima) + at, static_cast<Sum*>(split.totals) + at);
+      for (int64_t d = 0; d < D_padded; ++d) sums[h * split.stride_sums + d] = 0;
+    }
+    sum_split<T>(split, scores, heads, sums);
+  }
+}
+
+inline float exp_scalar(float x) { return __builtin_expf(x); }
+inline double exp_scalar(double x) { return __builtin_exp(x); }
+
+template <class T>
+void merge_splits(const SplitMerge& merge) {
+  using Sum = Accumulator<T>;
+  using Vec = typename VecOf<T>::type;
+  const Sum* totals = static_cast<const Sum*>(merge.totals);
+  const Sum* sums = static_cast<const Sum*>(merge.sums);
+  Sum* weights = static_cast<Sum*>(merge.maxima);
+  Sum maximum = weights[0];
+  for (int64_t s = 1; s < merge.splits; ++s) maximum = weights[s] > maximum ? weights[s] : maximum;
+  Sum total = 0;
+  for (int64_t s = 0; s < merge.splits; ++s) {
+    weights[s] = exp_scalar(weights[s] - maximum);
+    total += weights[s] * totals[s];
+  }
+
+  const int64_t D_padded = padded_head_dim(merge.D);
+  for (int64_t d = 0; d < merge.D; d += Vec::kLanes) {
+    Vec sum = Vec::zero();
+    for (int64_t s = 0; s < merge.splits; ++s) {
+      sum = Vec::fma(Vec::load(sums + s * D_padded + d), Vec::broadcast(weights[s]), sum);
+    }
+    sum = sum / Vec::broadcast(total);
+    T* output = static_cast<T*>(merge.output) + d;
+    if (d + Vec::kLanes <= merge.D) {
+      sum.store(output);
+      continue;
+    }
+    Sum lanes[Vec::kLanes];
+    sum.store(lanes);
+    for (int64_t i = 0; d + i < merge.D; ++i) narrow(lanes[i], output + i);
+  }
+}
