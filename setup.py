@@ -16,38 +16,50 @@ ROOT = Path(__file__).resolve().parent
 
 
 class BuildWithCMake(build_ext):
-    """Builds `firstlm/_ops.so` with CMake, against the torch of this interpreter."""
+    """Builds the native libraries with CMake, against the torch of this interpreter."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2] != "_ops":
+            return super().get_ext_filename(fullname)
         # A library of torch ops, loaded by torch: no suffix of this Python's ABI.
         return str(Path(*fullname.split("."))) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
-        import torch
+    def run(self) -> None:
+        self.native = build_native()
+        super().run()
 
-        torch_root = Path(torch.__file__).parent
-        # Kept between builds, apart for each torch: an editable install rebuilds what changed.
-        key = hashlib.sha256(f"{torch_root} {torch.__version__}".encode()).hexdigest()[:12]
-        build = ROOT / "build" / f"native-{key}"
+    def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        cmake = find_tool("cmake")
-        configure = [
-            cmake,
-            f"-S{ROOT}",
-            f"-B{build}",
-            f"-DFIRSTLM_TORCH_ROOT={torch_root}",
-            f"-DFIRSTLM_CUDA={os.environ.get('FIRSTLM_CUDA', '')}",
-            f"-DCMAKE_BUILD_TYPE={os.environ.get('FIRSTLM_BUILD_TYPE', 'Release')}",
-        ]
-        if ninja := find_tool("ninja", required=False):
-            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", build, "--parallel"], check=True)
         # Beside and over: a process that has the old library loaded keeps it.
         target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.with_suffix(".so.new")
-        shutil.copyfile(build / target.name, fresh)
+        fresh = target.with_name(target.name + ".new")
+        shutil.copyfile(self.native / target.name, fresh)
         os.replace(fresh, target)
+
+
+def build_native() -> Path:
+    """Runs CMake for all libraries; returns the folder that they are in."""
+    import torch
+
+    torch_root = Path(torch.__file__).parent
+    # Kept between builds, apart for each torch: an editable install rebuilds what changed.
+    key = hashlib.sha256(f"{torch_root} {torch.__version__}".encode()).hexdigest()[:12]
+    build = ROOT / "build" / f"native-{key}"
+    cmake = find_tool("cmake")
+    configure = [
+        cmake,
+        f"-S{ROOT}",
+        f"-B{build}",
+        f"-DFIRSTLM_TORCH_ROOT={torch_root}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFIRSTLM_CUDA={os.environ.get('FIRSTLM_CUDA', '')}",
+        f"-DCMAKE_BUILD_TYPE={os.environ.get('FIRSTLM_BUILD_TYPE', 'Release')}",
+    ]
+    if ninja := find_tool("ninja", required=False):
+        configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    subprocess.run(configure, check=True)
+    subprocess.run([cmake, "--build", build, "--parallel"], check=True)
+    return build
 
 
 def find_tool(name: str, required: bool = True) -> str | None:
@@ -59,4 +71,7 @@ def find_tool(name: str, required: bool = True) -> str | None:
     return found
 
 
-setup(ext_modules=[Extension("firstlm._ops", sources=[])], cmdclass={"build_ext": BuildWithCMake})
+setup(
+    ext_modules=[Extension("firstlm._ops", sources=[]), Extension("firstlm._native", sources=[])],
+    cmdclass={"build_ext": BuildWithCMake},
+)

@@ -78,6 +78,8 @@ install_firstlm() {
   if [ -e python/firstlm/_ops.so ] && [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then return; fi
   command -v c++ >/dev/null ||
     fail "no C++ compiler was found; on Debian and Ubuntu: sudo apt-get install g++"
+  [ -e "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+    fail "Python.h was not found; on Debian and Ubuntu: sudo apt-get install python3-dev"
   say "Building and installing firstlm"
   local requirements
   requirements=$(.venv/bin/python -c '

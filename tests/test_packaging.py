@@ -45,7 +45,10 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_ops_and_corpora_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"firstlm/_ops.so", "firstlm/py.typed", "firstlm/__init__.py"} <= set(names)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    native = {"firstlm/_ops.so", f"firstlm/_native{suffix}"}
+    assert native | {"firstlm/py.typed", "firstlm/__init__.py"} <= set(names)
+    assert {name for name in names if ".so" in name} == native
     for corpus in ("debian-synopsis", "debian-en-de"):
         splits = {f"firstlm/corpora/{corpus}/{s}.jsonl.xz" for s in ("train", "validation", "test")}
         assert {f"firstlm/corpora/{corpus}/README.md", *splits} <= set(names)
@@ -67,8 +70,8 @@ def test_the_wheel_runs_where_it_is_installed(wheel, tmp_path):
     here = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     Path(site_packages, "dependencies.pth").write_text("\n".join(here))
 
-    program = "from firstlm import ops; print(ops.LIBRARY, ops.isa())"
-    library, isa = run(python, "-c", program, cwd=tmp_path).split()
-    assert Path(library) == Path(site_packages, "firstlm", "_ops.so")
+    program = "from firstlm import native, ops; print(ops.LIBRARY, native.LIBRARY, ops.isa())"
+    *libraries, isa = run(python, "-I", "-c", program, cwd=tmp_path).split()
+    assert {Path(library).parent for library in libraries} == {Path(site_packages, "firstlm")}
     assert isa
     assert "train" in run(python.with_name("firstlm"), "--help", cwd=tmp_path)

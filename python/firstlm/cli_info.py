@@ -13,7 +13,7 @@ def installation() -> dict[str, Any]:
     """Versions, native build, machine, and the cache folder with the models in it."""
     import torch
 
-    from firstlm import embedded_model, figures, ops
+    from firstlm import embedded_model, figures, native, ops
 
     cache = embedded_model.cache_dir()
     models = cache / "models"
@@ -21,7 +21,8 @@ def installation() -> dict[str, Any]:
     return {
         "versions": figures.versions(),
         "native": {
-            "library": str(ops.LIBRARY),
+            "ops": str(ops.LIBRARY),
+            "classes": str(native.LIBRARY),
             "isa": ops.isa(),
             "isa_levels": ops.isa_levels(),
             "torch_cuda": torch.version.cuda,

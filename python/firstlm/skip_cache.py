@@ -1,6 +1,8 @@
 """The skip-aware KV cache: rows only for the (sequence, layer) pairs that the plans keep.
 
-Letters: B sequences, L layers, R kept rows of one layer, H key/value heads, T tokens, D head_dim.
+Storage and books are native (`csrc/skip_cache.h`, `csrc/bindings/skip_cache.h`); this is their face
+towards transformers. Letters: B sequences, L layers, R kept rows of one layer, H key/value heads,
+T tokens, D head_dim.
 """
 
 from __future__ import annotations
@@ -11,70 +13,67 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
+from firstlm.native import SkipCacheStorage
 from firstlm.skip_plan import SkipPlan, kept_rows, mask_to_plans, plans_to_mask
-
-_MIN_CAPACITY = 16
 
 
 class SkipCacheLayer(CacheLayerMixin):
-    """Keys and values of the rows that keep one layer.
+    """One layer of a `SkipCache`: the keys and values of the rows that keep it.
 
-    Storage is `[R, H, capacity, D]`, growing geometrically; the token at position p of the sequence
-    lies in slot `p - base`. A sliding layer lets `base` follow its window whenever it runs out of
-    slots, so its capacity stays within a constant of the window.
-
-    Args:
-        sliding_window: number of tokens that a query sees, itself included; None = all.
+    Storage is `[R, H, capacity, D]`, growing geometrically; that of a layer with a sliding window
+    stays within a constant of the window.
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, sliding_window: int | None = None) -> None:
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
-        self.reset()
+    def __init__(self, storage: SkipCacheStorage, layer_idx: int) -> None:
+        self._storage = storage
+        self._layer_idx = layer_idx
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._keys: torch.Tensor | None = None  # [R, H, capacity, D]
-        self._values: torch.Tensor | None = None  # [R, H, capacity, D]
-        self.length = 0  # tokens of the sequence, dropped ones of a sliding layer included
-        self.base = 0  # position in the sequence of slot 0
-        self.is_initialized = False
+    @property
+    def sliding_window(self) -> int | None:
+        """Number of tokens that a query sees, itself included; None = all."""
+        return self._storage.window(self._layer_idx)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Adopt row count, heads, head_dim, dtype and device of the first tokens."""
-        self._keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
-        self._values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
-        self.is_initialized = True
+    @property
+    def is_sliding(self) -> bool:
+        """Whether there is a window."""
+        return self.sliding_window is not None
 
-    def visible_start(self, length: int) -> int:
-        """Position of the first cached token that the token after `length` tokens sees."""
-        return 0 if self.sliding_window is None else max(length - self.sliding_window + 1, 0)
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer holds storage."""
+        return self._storage.is_initialized(self._layer_idx)
 
     @property
     def num_rows(self) -> int:
         """R, 0 before the first token."""
-        return 0 if self._keys is None else self._keys.shape[0]
+        return self._storage.num_rows(self._layer_idx)
 
-    def _view(self, storage: torch.Tensor, start: int) -> torch.Tensor:
-        return storage[:, :, start - self.base : self.length - self.base]
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence that went through this layer."""
+        return self._storage.layer_length(self._layer_idx)
+
+    def visible_start(self, length: int) -> int:
+        """Position of the first cached token that the token after `length` tokens sees."""
+        return self._storage.visible_start(self._layer_idx, length)
 
     @property
     def keys(self) -> torch.Tensor | None:
         """View of the keys that the next token sees, `[R, H, T, D]`; None when nothing is held."""
-        return (
-            None if self._keys is None else self._view(self._keys, self.visible_start(self.length))
-        )
+        return self._storage.visible(self._layer_idx)[0]
 
     @property
     def values(self) -> torch.Tensor | None:
         """View of the values that the next token sees, `[R, H, T, D]`."""
-        if self._values is None:
-            return None
-        return self._view(self._values, self.visible_start(self.length))
+        return self._storage.visible(self._layer_idx)[1]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Adopt row count, heads, head_dim, dtype and device of the first tokens."""
+        self._storage.initialize(self._layer_idx, key_states, value_states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -82,70 +81,37 @@ class SkipCacheLayer(CacheLayerMixin):
         """Append tokens.
 
         Args:
-            key_states, value_states: `[R, H, T, D]`.
+            key_states, value_states: `[R, H, T, D]`, on the device of the tokens before; another
+                floating type is converted.
 
         Returns:
-            Views of the cached and the new keys and values that these T queries may see.
+            Views of the cached and the new keys and values that these T queries may see, valid
+            until the layer is changed again.
 
         Raises:
-            ValueError: another number of rows than the layer holds.
+            ValueError: a shape or device that does not fit, as another number of rows than the
+                layer holds.
             RuntimeError: tensors that need a gradient (the cache keeps no autograd history).
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise RuntimeError(
-                "a SkipCache keeps no autograd history: run under torch.no_grad(), or pass "
-                "use_cache=False for training"
-            )
-        if self._keys is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self._keys is not None and self._values is not None
-        if key_states.shape[0] != self._keys.shape[0]:
-            raise ValueError(
-                f"this cache layer holds {self._keys.shape[0]} rows, got {key_states.shape[0]}"
-            )
-        num_new = key_states.shape[2]
-        start = self.visible_start(self.length)
-        self._reserve(num_new, start)
-        first = self.length - self.base
-        self._keys[:, :, first : first + num_new] = key_states
-        self._values[:, :, first : first + num_new] = value_states
-        self.length += num_new
-        return self._view(self._keys, start), self._view(self._values, start)
+        return self._storage.append(self._layer_idx, key_states, value_states)
 
-    def _reserve(self, num_new: int, start: int) -> None:
-        """Make room for `num_new` tokens, keeping those from position `start` on."""
-        assert self._keys is not None and self._values is not None
-        capacity = self._keys.shape[2]
-        if self.length - self.base + num_new <= capacity:
-            return
-        live = self.length - start
-        target = max(_MIN_CAPACITY, (live + num_new) * 3 // 2)
-        # A storage that is still of the right order is compacted, else replaced.
-        fits = target <= capacity <= 4 * target
-        self._keys = _moved(self._keys, start - self.base, live, None if fits else target)
-        self._values = _moved(self._values, start - self.base, live, None if fits else target)
-        self.base = start
+    def reset(self) -> None:
+        """Not of one layer alone.
 
-    def select_rows(self, index: torch.Tensor) -> None:
-        """Replace the rows by rows `index` `[R']` of the present ones; R' = 0 frees the storage."""
-        if self._keys is None or self._values is None:
-            return
-        if index.numel() == 0:
-            length, base = self.length, self.base
-            self.reset()
-            self.length, self.base = length, base
-            return
-        index = index.to(self._keys.device)
-        self._keys = self._keys.index_select(0, index)
-        self._values = self._values.index_select(0, index)
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("the layers of a SkipCache are reset together: use SkipCache.reset()")
 
-    def crop_start(self, length: int) -> None:
-        """Raises RuntimeError if this layer cannot go back to `length` tokens."""
-        if self._keys is not None and self.visible_start(length) < self.base:
-            raise RuntimeError(
-                f"cannot crop to {length} tokens: the sliding window of {self.sliding_window} "
-                f"has dropped the tokens before {self.base}; prefill again instead"
-            )
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Not of one layer alone.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "plans move with the rows of all layers: use SkipCache.reorder_cache(beam_idx)"
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number, first position) of the keys that a query of `query_length` tokens meets."""
@@ -162,33 +128,6 @@ class SkipCacheLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name in transformers before 5.18
 
-    def nbytes(self) -> tuple[int, int]:
-        """(bytes of the visible tokens, bytes allocated)."""
-        if self._keys is None or self._values is None:
-            return 0, 0
-        visible = self.length - self.visible_start(self.length)
-        slots = max(self._keys.shape[2], 1)
-        allocated = self._keys.nbytes + self._values.nbytes
-        return allocated // slots * visible, allocated
-
-    def bytes_per_token(self) -> int | None:
-        """Bytes of one token of one row, None while unknown."""
-        if self._keys is None or self._values is None:
-            return None
-        return sum(s.shape[1] * s.shape[3] * s.element_size() for s in (self._keys, self._values))
-
-
-def _moved(storage: torch.Tensor, first: int, count: int, capacity: int | None) -> torch.Tensor:
-    """Slots [first, first + count) moved to the front, in place or into a new storage."""
-    live = storage[:, :, first : first + count]
-    if capacity is None:
-        storage[:, :, :count] = live.clone()
-        return storage
-    rows, heads, _, head_dim = storage.shape
-    grown = storage.new_empty(rows, heads, capacity, head_dim)
-    grown[:, :, :count] = live
-    return grown
-
 
 class SkipCache(Cache):
     """A transformers `Cache` that holds only what the skip plans of its sequences keep.
@@ -196,26 +135,35 @@ class SkipCache(Cache):
     The plans are decided during the first pass (`keep_rows`, layer by layer) or set before it
     (`set_plans`), stay fixed for the life of the cache, and move with their rows on
     `reorder_cache`, `batch_select_indices` and `batch_repeat_interleave`. The logical length is one
-    number for all layers, whatever they hold.
+    number for all layers, whatever they hold. A call that raises changes nothing.
+
+    `copy.deepcopy` and pickle copy the visible tokens and the plans, not the spare capacity.
 
     Args:
         config: config of the model; gives the number of layers and the sliding windows.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__(layers=[SkipCacheLayer(window) for window in sliding_windows(config)])
-        self._forget()
-
-    def _forget(self) -> None:
-        self.keep_mask: torch.Tensor | None = None  # bool [B, L] on the CPU
+        self._storage = SkipCacheStorage(sliding_windows(config))
+        num_layers = self._storage.num_layers
+        super().__init__(layers=[SkipCacheLayer(self._storage, i) for i in range(num_layers)])
         self.keep_prob: torch.Tensor | None = None  # [B, L]
-        self._rows: dict[torch.device, list[torch.Tensor]] = {}
+        self._plans_changed()
+
+    def _plans_changed(self) -> None:
+        self._rows: dict[torch.device, list[torch.Tensor]] = {}  # device -> [R] of each layer
 
     # -- plans ------------------------------------------------------------------------------------
     @property
+    def keep_mask(self) -> torch.Tensor | None:
+        """What the sequences keep, bool `[B, L]` on the CPU; None before the first decision."""
+        return self._storage.keep_mask
+
+    @property
     def skip_plans(self) -> list[SkipPlan] | None:
         """One plan a sequence; None before the first pass."""
-        return None if self.keep_mask is None else mask_to_plans(self.keep_mask)
+        mask = self.keep_mask
+        return None if mask is None else mask_to_plans(mask)
 
     def set_plans(
         self, plans: SkipPlan | Sequence[SkipPlan] | torch.Tensor, batch_size: int
@@ -225,81 +173,92 @@ class SkipCache(Cache):
         Raises:
             ValueError: plans that do not fit, or that keep a layer which the cache no longer has.
         """
-        mask = plans_to_mask(plans, batch_size, len(self.layers))
-        if self.keep_mask is None:
-            self.keep_mask = torch.ones_like(mask)
-        if bool((mask & ~self.keep_mask).any()):
-            raise ValueError(
-                "a layer that was skipped has no keys and values and cannot be kept later; "
-                "prefill again (generate(replan=True)) or reset() the cache"
-            )
-        for layer_idx in range(len(self.layers)):
-            self.keep_rows(layer_idx, mask[:, layer_idx])
+        self._storage.restrict_to(plans_to_mask(plans, batch_size, len(self.layers)))
+        self._plans_changed()
 
     def keep_rows(self, layer_idx: int, keep: torch.Tensor) -> None:
-        """Keep one layer for the sequences where `keep` `[B]` is true; free the others' rows."""
-        keep = keep.detach().to("cpu", torch.bool)
-        if self.keep_mask is None:
-            self.keep_mask = torch.ones(len(keep), len(self.layers), dtype=torch.bool)
-        before = self.keep_mask[:, layer_idx]
-        after = before & keep
-        layer = self.layers[layer_idx]
-        if layer.num_rows and not torch.equal(before, after):
-            layer.select_rows(torch.nonzero(after[before]).squeeze(1))
-        self.keep_mask[:, layer_idx] = after
-        self._rows.clear()
+        """Keep one layer for the sequences where `keep` `[B]` is true; free the others' rows.
+
+        Raises:
+            ValueError: another number of sequences.
+        """
+        self._storage.restrict_layer(layer_idx, keep.detach().to("cpu", torch.bool))
+        self._plans_changed()
 
     def kept_rows(self, layer_idx: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Indices `[R]` of the sequences that keep a layer, for all layers planned at once."""
+        """Indices `[R]` of the sequences that keep a layer, for all layers planned at once.
+
+        Raises:
+            RuntimeError: nothing was decided yet.
+        """
         device = torch.device(device)
         if device not in self._rows:
-            assert self.keep_mask is not None
-            self._rows[device] = kept_rows(self.keep_mask, device)
+            mask = self.keep_mask
+            if mask is None:
+                raise RuntimeError("this cache has no plans before the first pass")
+            self._rows[device] = kept_rows(mask, device)
         return self._rows[device][layer_idx]
 
     # -- rows -------------------------------------------------------------------------------------
     def _select(self, index: torch.Tensor) -> None:
         """Row b of the new cache is row `index[b]` of the old one, plan and all."""
-        if self.keep_mask is None:
-            return
+        if index.ndim != 1 or index.dtype.is_floating_point or index.dtype.is_complex:
+            raise ValueError(
+                f"row indices must be integers [B], got {index.dtype} {list(index.shape)}"
+            )
         index = index.detach().to("cpu", torch.long)
-        batch_size = self.keep_mask.shape[0]
-        if index.numel() and not -batch_size <= int(index.min()) <= int(index.max()) < batch_size:
-            raise IndexError(f"row indices must lie in [0, {batch_size}), got {index.tolist()}")
-        index = index % batch_size
-        position = self.keep_mask.cumsum(0) - 1  # [B, L] sequence -> row of the layer
-        for layer_idx, layer in enumerate(self.layers):
-            kept = self.keep_mask[index, layer_idx]
-            layer.select_rows(position[index[kept], layer_idx])
-        self.keep_mask = self.keep_mask[index]
-        if self.keep_prob is not None:
-            self.keep_prob = self.keep_prob[index.to(self.keep_prob.device)]
-        self._rows.clear()
+        keep_prob = self.keep_prob
+        if keep_prob is not None:
+            inside = index.clamp(-len(keep_prob), len(keep_prob) - 1)  # the storage raises if not
+            keep_prob = keep_prob[inside.to(keep_prob.device)]
+        self._storage.select(index.tolist())
+        self.keep_prob = keep_prob
+        self._plans_changed()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row b becomes the old row `beam_idx[b]` (beam search)."""
+        """Row b becomes the old row `beam_idx[b]` (beam search).
+
+        Raises:
+            IndexError: an index outside [-B, B).
+        """
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the sequences `indices` `[B']` (integers, or a bool mask `[B]`)."""
+        """Keep only the sequences `indices` `[B']` (integers, or a bool mask `[B]`).
+
+        Raises:
+            IndexError: an index outside [-B, B), or a mask of another length.
+        """
         if indices.dtype == torch.bool:
+            if self.batch_size >= 0 and indices.shape != (self.batch_size,):
+                raise IndexError(
+                    f"a mask of rows must be [{self.batch_size}], got {list(indices.shape)}"
+                )
             indices = torch.nonzero(indices).squeeze(1)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, side by side."""
-        if self.keep_mask is not None:
-            self._select(torch.arange(self.keep_mask.shape[0]).repeat_interleave(repeats))
+        """Every sequence `repeats` times, side by side.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        keep_prob = self.keep_prob
+        if keep_prob is not None:
+            keep_prob = keep_prob.repeat_interleave(max(repeats, 0), 0)  # the storage raises if < 0
+        self._storage.repeat(repeats)
+        self.keep_prob = keep_prob
+        self._plans_changed()
 
     @property
     def batch_size(self) -> int:
         """B, -1 before the first pass."""
-        return -1 if self.keep_mask is None else self.keep_mask.shape[0]
+        return self._storage.batch_size
 
     # -- tokens -----------------------------------------------------------------------------------
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length in tokens: one number, whatever the layers hold."""
-        return max((layer.length for layer in self.layers), default=0)
+        return self._storage.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next token."""
@@ -325,37 +284,22 @@ class SkipCache(Cache):
                 f"crop takes minus the number of tokens to remove, at most {length}, "
                 f"got {tokens_to_remove}"
             )
-        target = length + tokens_to_remove
-        if target == 0:
+        if length and length + tokens_to_remove == 0:
             self.reset()
-            return
-        for layer in self.layers:
-            layer.crop_start(target)
-        for layer in self.layers:
-            layer.length = min(layer.length, target)
+        else:
+            self._storage.crop(length + tokens_to_remove)
 
     def reset(self) -> None:
         """Forget tokens and plans."""
-        super().reset()
-        self._forget()
+        self._storage.reset()
+        self.keep_prob = None
+        self._plans_changed()
 
     # -- books ------------------------------------------------------------------------------------
     def memory(self) -> dict[str, int]:
         """Bytes: `bytes` held for kept pairs, `allocated` with spare capacity, and `full`, what a
         cache that holds every layer for every sequence would hold."""
-        sizes = [layer.nbytes() for layer in self.layers]
-        length = self.get_seq_length()
-        per_token = [layer.bytes_per_token() for layer in self.layers]
-        known = next((size for size in per_token if size is not None), 0)
-        full = sum(
-            (size if size is not None else known) * (length - layer.visible_start(length))
-            for layer, size in zip(self.layers, per_token, strict=True)
-        )
-        return {
-            "bytes": sum(held for held, _ in sizes),
-            "allocated": sum(allocated for _, allocated in sizes),
-            "full": full * max(self.batch_size, 0),
-        }
+        return self._storage.memory()
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,128 @@
+// The classes of firstlm for Python, `firstlm._native`. Ops are in _ops.so, which is loaded first.
+#include <ATen/ops/empty.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+
+#include "skip_cache.h"
+
+namespace firstlm {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+
+// bool [B, L] or [B] on the CPU -> its elements.
+std::vector<uint8_t> flags_of(const Tensor& mask) {
+  TORCH_CHECK_TYPE(mask.scalar_type() == at::kBool, "mask is ", mask.scalar_type(),
+                   "; expected bool");
+  TORCH_CHECK_VALUE(mask.device().is_cpu(), "mask is on ", mask.device(), "; expected the CPU");
+  const Tensor dense = mask.contiguous();
+  const bool* flags = dense.const_data_ptr<bool>();
+  return {flags, flags + dense.numel()};
+}
+
+KeepMask keep_mask_of(const Tensor& mask) {
+  TORCH_CHECK_VALUE(mask.dim() == 2, "keep mask has shape ", mask.sizes(), "; expected [B, L]");
+  return {mask.size(0), mask.size(1), flags_of(mask)};
+}
+
+std::optional<Tensor> tensor_of(const std::optional<KeepMask>& mask) {
+  if (!mask) return std::nullopt;
+  Tensor tensor = at::empty({mask->B(), mask->L()}, at::kBool);
+  std::copy(mask->values().begin(), mask->values().end(), tensor.mutable_data_ptr<bool>());
+  return tensor;
+}
+
+py::dict memory(const SkipCacheStorage& cache) {
+  const MemoryUse use = cache.memory();
+  py::dict bytes;
+  bytes["bytes"] = use.visible;
+  bytes["allocated"] = use.allocated;
+  bytes["full"] = use.full;
+  return bytes;
+}
+
+// --- Pickle and copy.deepcopy -----------------------------------------------------------------
+
+using LayerState = std::tuple<int64_t, int64_t, std::optional<Tensor>, std::optional<Tensor>>;
+using State = std::tuple<SkipCacheStorage::Windows, std::optional<Tensor>, std::vector<LayerState>>;
+
+State state_of(const SkipCacheStorage& cache) {
+  SkipCacheStorage::Windows windows;
+  for (int64_t l = 0; l < cache.L(); ++l) windows.push_back(cache.layer(l).books.window());
+  std::vector<LayerState> layers;
+  for (const auto& layer : cache.saved()) {
+    layers.emplace_back(layer.length, layer.bytes_per_token, layer.keys, layer.values);
+  }
+  return {std::move(windows), tensor_of(cache.mask()), std::move(layers)};
+}
+
+SkipCacheStorage cache_of(const State& state) {
+  const auto& [windows, mask, saved] = state;
+  std::vector<SkipCacheStorage::SavedLayer> layers;
+  for (const auto& [length, bytes_per_token, keys, values] : saved) {
+    layers.push_back({length, bytes_per_token, keys, values});
+  }
+  return SkipCacheStorage::restored(
+      windows, mask ? std::optional(keep_mask_of(*mask)) : std::nullopt, layers);
+}
+
+// --- Errors -----------------------------------------------------------------------------------
+
+// torch's errors as its own functions raise them; pybind11 knows those of the standard library.
+void translate_torch_errors(std::exception_ptr error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const c10::Error&) {
+    torch::translate_exception_to_python(error);
+  } catch (const python_error&) {  // of a kernel written in Python
+    torch::translate_exception_to_python(error);
+  }
+}
+
+}  // namespace
+}  // namespace firstlm
+
+PYBIND11_MODULE(_native, m) {
+  using firstlm::SkipCacheStorage;
+  namespace py = pybind11;
+  py::register_local_exception_translator(firstlm::translate_torch_errors);
+
+  py::class_<SkipCacheStorage>(m, "SkipCacheStorage")
+      .def(py::init<const SkipCacheStorage::Windows&>(), py::arg("windows"))
+      .def_property_readonly("batch_size", &SkipCacheStorage::B)
+      .def_property_readonly("num_layers", &SkipCacheStorage::L)
+      .def_property_readonly("length", &SkipCacheStorage::length)
+      .def_property_readonly("keep_mask",
+                             [](const SkipCacheStorage& c) { return firstlm::tensor_of(c.mask()); })
+      // Of one layer.
+      .def("window", [](const SkipCacheStorage& c, int64_t l) { return c.layer(l).books.window(); })
+      .def("num_rows", [](const SkipCacheStorage& c, int64_t l) { return c.layer(l).R(); })
+      .def("layer_length",
+           [](const SkipCacheStorage& c, int64_t l) { return c.layer(l).books.length(); })
+      .def("visible_start", [](const SkipCacheStorage& c, int64_t l,
+                               int64_t length) { return c.layer(l).books.visible_start(length); })
+      .def("is_initialized",
+           [](const SkipCacheStorage& c, int64_t l) { return c.layer(l).keys.defined(); })
+      .def("visible", &SkipCacheStorage::visible)
+      .def("initialize", &SkipCacheStorage::initialize)
+      .def("append", &SkipCacheStorage::append, py::call_guard<py::gil_scoped_release>())
+      // Of the cache.
+      .def("restrict_to",
+           [](SkipCacheStorage& c, const at::Tensor& keep) {
+             c.restrict_to(firstlm::keep_mask_of(keep));
+           })
+      .def("restrict_layer",
+           [](SkipCacheStorage& c, int64_t l, const at::Tensor& keep) {
+             TORCH_CHECK_VALUE(keep.dim() == 1, "keep has shape ", keep.sizes(), "; expected [B]");
+             c.restrict_layer(l, firstlm::flags_of(keep));
+           })
+      .def("select", &SkipCacheStorage::select)
+      .def("repeat", &SkipCacheStorage::repeat)
+      .def("crop", &SkipCacheStorage::crop)
+      .def("reset", &SkipCacheStorage::reset)
+      .def("memory", firstlm::memory)
+      .def(py::pickle(&firstlm::state_of, &firstlm::cache_of));
+}
