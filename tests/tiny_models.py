@@ -101,14 +101,15 @@ AttentionInterface.register("eager_float64", _masked_in_float32)
 AttentionMaskInterface.register("eager_float64", eager_mask)
 
 
-def _attention(family: str, dtype: torch.dtype) -> dict[str, str]:
+def attention_options(family: str, dtype: torch.dtype) -> dict[str, str]:
+    """How transformers loads a family with its own attention."""
     double = family == "gemma2" and dtype == torch.float64
     return {"attn_implementation": "eager_float64"} if double else {}
 
 
 def base_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The tiny model as transformers loads it."""
-    options = _attention(family, dtype)
+    options = attention_options(family, dtype)
     return AutoModelForCausalLM.from_pretrained(
         tiny_base_path(family), dtype=dtype, **options
     ).eval()
@@ -123,7 +124,7 @@ def routed_model(
     """The tiny model with routers; `draw`: random ones, whose plans differ from row to row."""
     router = router or RouterConfig(protected=[0], keep_bias=0.0)
     model = firstlm.from_pretrained(
-        tiny_base_path(family), router=router, dtype=dtype, **_attention(family, dtype)
+        tiny_base_path(family), router=router, dtype=dtype, **attention_options(family, dtype)
     )
     return draw_routers(model) if draw else model
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from firstlm import checkpoint, embedded_model
+from firstlm import attention_interface, checkpoint, embedded_model
 from firstlm.routed_model import find_decoder_layers, routed_model_class
 from firstlm.router import RouterConfig
 from firstlm.skip_cache import sliding_windows
@@ -41,7 +41,8 @@ def from_pretrained(
         device_map: as transformers takes it.
         merge_adapter: merge the adapter into the weights: faster decode, but no more adapter
             training and no `save_pretrained`, which never writes the base's weights.
-        **kwargs: handed to transformers' `from_pretrained` (`revision`, `attn_implementation`, …).
+        **kwargs: handed to transformers' `from_pretrained` (`revision`, `attn_implementation`, …;
+            `attn_implementation="firstlm"`: decode on the CPU with firstlm's own attention).
 
     Returns:
         The model, of a subclass of its own class, in eval mode.
@@ -185,7 +186,12 @@ def check_routable(model: PreTrainedModel) -> None:
     if "flex" in attention or attention.startswith("paged"):
         raise ValueError(
             f"attn_implementation={attention!r} builds masks whose rows cannot be selected; load "
-            'with "sdpa", "eager" or "flash_attention_2"'
+            f'with "sdpa", "eager", "{attention_interface.NAME}" or "flash_attention_2"'
+        )
+    if attention == attention_interface.NAME and not model._supports_attention_backend:
+        raise ValueError(
+            f"{name} has attention of its own, which attn_implementation={attention!r} cannot "
+            'replace; load with "sdpa" or "eager"'
         )
 
 
