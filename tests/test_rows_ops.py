@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from firstlm import ops
-from op_cases import DTYPES, accumulator, composite, drawn
+from op_cases import DTYPES, accumulator, drawn, every_device
 
 PLAN = torch.ops.firstlm.plan_rows.default
 GATHER = torch.ops.firstlm.gather_rows.default
@@ -18,13 +18,6 @@ GATHER_BACKWARD = torch.ops.firstlm.gather_rows_backward.default
 SCATTER = torch.ops.firstlm.scatter_rows.default
 SCATTER_ = torch.ops.firstlm.scatter_rows_.default
 SCATTER_ADD_ = torch.ops.firstlm.scatter_add_rows_.default
-
-
-def on_cpu(op, *args):
-    return op(*args)
-
-
-both = pytest.mark.parametrize("run", [on_cpu, composite])
 
 
 def assert_rounded(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
@@ -82,7 +75,7 @@ def row_cases(draw, repeats=False, dtypes=DTYPES):
 # --- plan_rows ------------------------------------------------------------------------------------
 
 
-@both
+@every_device
 @given(B=st.integers(0, 7), L=st.integers(0, 9), seed=st.integers(0, 2**31), share=st.floats(0, 1))
 @drawn
 def test_plan_is_the_reference(run, B, L, seed, share):
@@ -95,7 +88,7 @@ def test_plan_is_the_reference(run, B, L, seed, share):
 # --- gather_rows ----------------------------------------------------------------------------------
 
 
-@both
+@every_device
 @given(case=row_cases(repeats=True, dtypes=[*DTYPES, torch.bool, torch.int64, torch.int8]))
 @drawn
 def test_gathered_rows_are_copies(run, case):
@@ -105,7 +98,7 @@ def test_gathered_rows_are_copies(run, case):
     assert torch.equal(gathered, reference.gather_rows(hidden, rows))
 
 
-@both
+@every_device
 @given(case=row_cases(repeats=True))
 @drawn
 def test_the_adjoint_of_gathering_adds_up(run, case):
@@ -124,7 +117,7 @@ def test_the_adjoint_of_gathering_adds_up(run, case):
 # --- scatter_rows ---------------------------------------------------------------------------------
 
 
-@both
+@every_device
 @given(case=row_cases(), gated=st.booleans())
 @drawn
 def test_scattered_rows_are_the_reference(run, case, gated):
@@ -142,7 +135,7 @@ def test_scattered_rows_are_the_reference(run, case, gated):
     assert torch.equal(hidden, out)
 
 
-@both
+@every_device
 @given(case=row_cases(), g=st.sampled_from([0.0, 1.0, 0.3, 0.5, 0.8]))
 @drawn
 def test_a_gate_is_torch_lerp(run, case, g):
@@ -158,14 +151,14 @@ def test_a_gate_is_torch_lerp(run, case, g):
     assert_rounded(out, expected.double(), (hidden.abs() + largest).double())
 
 
-@both
+@every_device
 def test_a_gate_of_0_or_1_is_a_copy_whatever_the_other_side_holds(run):
     hidden, values = torch.tensor([[1.0], [torch.nan]]), torch.tensor([[torch.inf], [2.0]])
     out = run(SCATTER, hidden, torch.tensor([0, 1]), values, torch.tensor([0.0, 1.0]))
     assert out.tolist() == [[1.0], [2.0]]
 
 
-@both
+@every_device
 @given(case=row_cases(dtypes=[torch.bool, torch.int64, torch.int8]))
 @drawn
 def test_any_type_scatters_without_a_gate(run, case):
@@ -214,7 +207,7 @@ def test_what_an_ignored_row_holds_does_not_reach_a_gradient():
 # --- scatter_add_rows_ ----------------------------------------------------------------------------
 
 
-@both
+@every_device
 @given(case=row_cases(repeats=True))
 @drawn
 def test_updates_are_added(run, case):
@@ -344,7 +337,7 @@ HIDDEN, ROWS, VALUES, GATE = (
 )
 
 
-@both
+@every_device
 @pytest.mark.parametrize(
     "op, args, error, message",
     [

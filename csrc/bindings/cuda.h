@@ -30,7 +30,11 @@ class OnDeviceOf {
   }
 
   at::Tensor scratch(int64_t bytes) const {
-    return at::empty({bytes}, at::TensorOptions(device_).dtype(at::kByte));
+    at::Tensor memory = at::empty({bytes}, at::TensorOptions(device_).dtype(at::kByte));
+#ifdef FIRSTLM_EMULATE
+    memory.fill_(0xff);  // NaN and -1: what is read before it is written shows
+#endif
+    return memory;
   }
 
  private:

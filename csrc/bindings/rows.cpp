@@ -1,5 +1,5 @@
-// Masked layer execution for torch: checks, the CPU kernels, and a composite of torch's own ops for
-// devices that have no kernel of ours.
+// Masked layer execution for torch: the CPU kernels, and a composite of torch's own ops for devices
+// that have no kernel of ours.
 #include "../rows.h"
 
 #include <ATen/TensorOperators.h>
@@ -47,41 +47,6 @@ Tensor inverted_rows(const Tensor& rows, int64_t B) {
     TORCH_CHECK_VALUE(false, "rows names ", row[r], " twice; expected distinct rows");
   }
   return update_of;
-}
-
-// Whether the elements of every row of [B, ...] are contiguous, wherever the rows lie.
-bool has_contiguous_rows(const Tensor& tensor) {
-  int64_t expected = 1;
-  for (int64_t i = tensor.dim() - 1; i >= 1; --i) {
-    if (tensor.size(i) != 1 && tensor.stride(i) != expected) return tensor.numel() == 0;
-    expected *= tensor.size(i);
-  }
-  return true;
-}
-
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
-}
-
-int64_t stride_of(const Tensor& tensor) { return tensor.stride(0) * tensor.element_size(); }
-
-ConstRows rows_of(const Tensor& tensor) {
-  return {static_cast<const std::byte*>(tensor.const_data_ptr()), stride_of(tensor)};
-}
-
-Rows mutable_rows_of(const Tensor& tensor) {
-  return {static_cast<std::byte*>(tensor.mutable_data_ptr()), stride_of(tensor)};
-}
-
-int64_t row_bytes_of(const Tensor& tensor) {
-  return tensor.size(0) == 0 ? 0 : tensor.numel() / tensor.size(0) * tensor.element_size();
-}
-
-// For copies of types that no arithmetic is done in, the type says nothing.
-RowSize row_size_of(const Tensor& tensor, bool is_copied_only) {
-  const DType dtype =
-      is_copied_only ? DType::kFloat32 : parse_dtype("hidden", tensor.scalar_type());
-  return {dtype, row_bytes_of(tensor)};
 }
 
 std::tuple<Tensor, Tensor> plan_rows_cpu(const Tensor& keep_mask) {

@@ -1,4 +1,4 @@
-// What the rows ops check before they run, on every device.
+// The rows ops' arguments on every device: what is checked, and the core's view of them.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -6,6 +6,7 @@
 
 #include <optional>
 
+#include "../rows.h"
 #include "checks.h"
 
 namespace firstlm {
@@ -67,6 +68,43 @@ inline void check_scatter_add(const at::Tensor& hidden, const at::Tensor& rows,
 inline void check_overlap(const at::Tensor& hidden, const at::Tensor& values) {
   at::assert_no_internal_overlap(hidden);
   at::assert_no_overlap(hidden, values);
+}
+
+// Whether the elements of every row of [B, ...] are contiguous, wherever the rows lie.
+inline bool has_contiguous_rows(const at::Tensor& tensor) {
+  int64_t expected = 1;
+  for (int64_t i = tensor.dim() - 1; i >= 1; --i) {
+    if (tensor.size(i) != 1 && tensor.stride(i) != expected) return tensor.numel() == 0;
+    expected *= tensor.size(i);
+  }
+  return true;
+}
+
+inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
+}
+
+inline int64_t stride_of(const at::Tensor& tensor) {
+  return tensor.stride(0) * tensor.element_size();
+}
+
+inline ConstRows rows_of(const at::Tensor& tensor) {
+  return {static_cast<const std::byte*>(tensor.const_data_ptr()), stride_of(tensor)};
+}
+
+inline Rows mutable_rows_of(const at::Tensor& tensor) {
+  return {static_cast<std::byte*>(tensor.mutable_data_ptr()), stride_of(tensor)};
+}
+
+inline int64_t row_bytes_of(const at::Tensor& tensor) {
+  return tensor.size(0) == 0 ? 0 : tensor.numel() / tensor.size(0) * tensor.element_size();
+}
+
+// For copies of types that no arithmetic is done in, the type says nothing.
+inline RowSize row_size_of(const at::Tensor& tensor, bool is_copied_only) {
+  const DType dtype =
+      is_copied_only ? DType::kFloat32 : parse_dtype("hidden", tensor.scalar_type());
+  return {dtype, row_bytes_of(tensor)};
 }
 
 }  // namespace firstlm

@@ -1,4 +1,5 @@
 // Appending to the key/value cache. Letters as in ../kv.h.
+#include "copy.cuh"
 #include "launchers.h"
 #include "span.cuh"
 
@@ -7,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// The keys or the values, as units of 16 bytes or of one element: only their size matters.
+// The keys or the values, as units of one or more elements: only their size matters.
 template <class Unit>
 struct Tokens {
   Input<Unit> tokens;
@@ -15,13 +16,17 @@ struct Tokens {
   int64_t D;                             // units of a token
   int64_t stride_R, stride_H, stride_T;  // of tokens, in units
 
-  Tokens(const NewTokens& from, int64_t unit)  // elements of a unit
-      : tokens(from.tokens, extent(from) / unit),
-        storage(from.storage, from.R * from.H * from.C * from.D / unit),
-        D(from.D / unit),
-        stride_R(from.stride_R / unit),
-        stride_H(from.stride_H / unit),
-        stride_T(from.stride_T / unit) {}
+  explicit Tokens(const NewTokens& from)
+      : tokens(from.tokens, units(extent(from), from)),
+        storage(from.storage, units(from.R * from.H * from.C * from.D, from)),
+        D(units(from.D, from)),
+        stride_R(units(from.stride_R, from)),
+        stride_H(units(from.stride_H, from)),
+        stride_T(units(from.stride_T, from)) {}
+
+  static int64_t units(int64_t elements, const NewTokens& from) {
+    return elements * from.element_size / static_cast<int64_t>(sizeof(Unit));
+  }
 
   // Elements from the first to the last one.
   static int64_t extent(const NewTokens& from) {
@@ -49,40 +54,34 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool fits(const NewTokens& side, int64_t unit) {
-  return side.D % unit == 0 && side.stride_R % unit == 0 && side.stride_H % unit == 0 &&
-         side.stride_T % unit == 0 && is_aligned(side.tokens) && is_aligned(side.storage);
+Alignment& include(Alignment& alignment, const NewTokens& side) {
+  const int64_t size = side.element_size;
+  return alignment.address(side.tokens)
+      .address(side.storage)
+      .distance(side.D * size)
+      .distance(side.stride_R * size)
+      .distance(side.stride_H * size)
+      .distance(side.stride_T * size);
 }
 
 template <class Unit>
 void append(const NewTokens& keys, const NewTokens& values, const int64_t* start, void* stream) {
-  const int64_t unit = sizeof(Unit) / keys.element_size;
-  const int64_t D = larger(keys.D, values.D) / unit;
+  const Tokens<Unit> key_units(keys), value_units(values);
+  const int64_t D = larger(key_units.D, value_units.D);
   int width = 1;  // threads that share a token
   while (width < D && width < kThreads) width *= 2;
   const int height = kThreads / width;
   launch(append_kernel<Unit>, dim3(keys.R * keys.H * ceil_div(keys.T, height), 2),
-         dim3(width, height), stream, Tokens<Unit>(keys, unit), Tokens<Unit>(values, unit),
-         Input<int64_t>(start, keys.R), keys.H, keys.C, keys.T);
+         dim3(width, height), stream, key_units, value_units, Input<int64_t>(start, keys.R), keys.H,
+         keys.C, keys.T);
 }
-
-struct alignas(kAccessBytes) Unit16 {
-  uint64_t halves[2];
-};
 
 }  // namespace
 
 void kv_append(const NewTokens& keys, const NewTokens& values, const int64_t* start, void* stream) {
-  const int64_t unit = kAccessBytes / keys.element_size;
-  if (fits(keys, unit) && fits(values, unit)) {
-    append<Unit16>(keys, values, start, stream);
-  } else if (keys.element_size == 2) {
-    append<uint16_t>(keys, values, start, stream);
-  } else if (keys.element_size == 4) {
-    append<uint32_t>(keys, values, start, stream);
-  } else {
-    append<uint64_t>(keys, values, start, stream);
-  }
+  Alignment alignment;
+  with_copy_unit(include(include(alignment, keys), values),
+                 [&](auto unit) { append<decltype(unit)>(keys, values, start, stream); });
 }
 
 }  // namespace firstlm::cuda

@@ -8,6 +8,7 @@
 
 #include "../kv.h"
 #include "../router.h"
+#include "../rows.h"
 
 namespace firstlm::cuda {
 
@@ -28,5 +29,20 @@ void router_head(const RouterHead<T>& head, const T* pooled, int64_t B, T* units
 
 // As firstlm::kv_append; rows whose start lies outside [0, C - T] are not written.
 void kv_append(const NewTokens& keys, const NewTokens& values, const int64_t* start, void* stream);
+
+// As firstlm::plan_rows.
+void plan_rows(const bool* keep_mask, int64_t B, int64_t L, int64_t* rows, int64_t* counts,
+               void* stream);
+
+// As the functions of these names in firstlm, on a batch of B rows; `out` is contiguous. What names
+// no row of the batch is taken for -1. Rows that two values go to hold one of them.
+void gather_rows(ConstRows hidden, int64_t B, const int64_t* rows, int64_t R, int64_t row_bytes,
+                 void* out, void* stream);
+void scatter_rows(ConstRows hidden, int64_t B, const RowUpdate& update, RowSize size, void* out,
+                  void* stream);
+void scatter_rows_in_place(Rows hidden, int64_t B, const RowUpdate& update, RowSize size,
+                           void* stream);
+void scatter_add_rows(Rows hidden, int64_t B, const int64_t* rows, int64_t R, ConstRows update,
+                      RowSize size, void* stream);
 
 }  // namespace firstlm::cuda

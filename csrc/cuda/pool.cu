@@ -87,12 +87,13 @@ __device__ Part part_at(const Parts& parts, const Tokens& tokens, int64_t place)
 template <class T, int kPack, class Tokens>
 __global__ void __launch_bounds__(kTokenLanes* kWarpSize)
     sum_parts_kernel(Input<T> hidden, Tokens tokens, Parts parts, int64_t D,
-                     Output<Accumulator<T>> sums) {
+                     InOut<Accumulator<T>> sums) {
   __shared__ Shared<Accumulator<T>, kPack * kTokenLanes * kWarpSize> partial;
   const int lane = threadIdx.x, token_lane = threadIdx.y;
   const int64_t place = blockIdx.x;
   const int64_t column = (int64_t{blockIdx.y} * kWarpSize + lane) * kPack;
   const Part part = part_at(parts, tokens, place);
+  if (part.begin >= part.end) return;
 
   Accumulator<T> mine[kPack] = {};
   if (column < D) {
@@ -227,7 +228,7 @@ void run_pool(const HiddenStates& hidden, const PromptTokens& tokens, Pooling po
   const Parts parts{pooling};
   launch(sum_parts_kernel<T, kPack, PromptTokens>, dim3(places, ceil_div(D, kPack * kWarpSize)),
          dim3(kWarpSize, kTokenLanes), stream, Input<T>(hidden.data, extent(hidden)), tokens, parts,
-         D, Output<A>(sums, places * D));
+         D, InOut<A>(sums, places * D));
   launch(finish_pool_kernel<A, PromptTokens>, dim3(hidden.B * W, ceil_div(D, kFinishThreads)),
          kFinishThreads, stream, Input<A>(sums, places * D), tokens, parts, D,
          Output<A>(pooled, hidden.B * W * D));

@@ -96,6 +96,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
+// One more than the number of the lowest set bit.
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 namespace firstlm::cuda {
 
 // --- Checks of every access
