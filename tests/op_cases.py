@@ -53,11 +53,14 @@ def to_gpu(tensor: Tensor) -> Tensor:
     return like.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-CUDA = [emulated, emulated_backward, *([on_gpu] if torch.cuda.is_available() else [])]
+GPUS = [on_gpu] if torch.cuda.is_available() else []
+CUDA = [emulated, emulated_backward, *GPUS]
 
 every_device = pytest.mark.parametrize("run", [on_cpu, composite, *CUDA])
 # Kernels of ours promise more than composites of torch's ops, such as equal bits.
 our_kernels = pytest.mark.parametrize("run", [on_cpu, *CUDA])
+# For what would take long under emulation.
+fast_kernels = pytest.mark.parametrize("run", [on_cpu, *GPUS])
 # The CPU has errors for what index tensors hold. Others cannot look without a synchronisation.
 other_devices = pytest.mark.parametrize("run", [composite, *CUDA])
 

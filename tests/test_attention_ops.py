@@ -20,11 +20,19 @@ from torch import Tensor
 
 import reference
 from firstlm import ops
-from op_cases import DTYPES, LAYOUTS, accumulator, composite, drawn, strided
+from op_cases import (
+    DTYPES,
+    LAYOUTS,
+    accumulator,
+    drawn,
+    every_device,
+    fast_kernels,
+    other_devices,
+    our_kernels,
+    strided,
+)
 
 ATTEND = torch.ops.firstlm.decode_attention.default
-RUNS = {"cpu": lambda *case: ATTEND(*case), "composite": lambda *case: composite(ATTEND, *case)}
-every_device = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 
 
 # --- Cases --------------------------------------------------------------------------------------
@@ -99,17 +107,18 @@ def assert_attends(actual: Tensor, case) -> None:
 @given(case=attention_cases())
 @drawn
 def test_attention_is_the_reference(run, case):
-    assert_attends(run(*case), case)
+    assert_attends(run(ATTEND, *case), case)
 
 
+@fast_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [0.0, 30.0])
-def test_long_and_ragged_rows(dtype, soft_cap):
+def test_long_and_ragged_rows(run, dtype, soft_cap):
     C = 32768
     case = random_case(3, 4, 2, C, 64, dtype)
     begin, end = torch.tensor([0, 4095, C - 1]), torch.tensor([C, 4097, C])
     case = *case, begin, end, 0.125, soft_cap
-    assert_attends(ATTEND(*case), case)
+    assert_attends(run(ATTEND, *case), case)
 
 
 def test_one_range_serves_all_rows():
@@ -119,35 +128,52 @@ def test_one_range_serves_all_rows():
     assert torch.equal(one, each)
 
 
-def test_slots_outside_the_range_are_not_read():
+@every_device
+def test_slots_outside_the_range_are_not_read(run):
     query, keys, values = random_case(2, 4, 2, 700, 48, torch.float32)
-    begin, end = torch.tensor([3, 650]), torch.tensor([600, 653])
-    expected = ops.decode_attention(query, keys, values, begin, end)
-    for r in range(2):
+    case = query, keys, values, torch.tensor([3, 650]), torch.tensor([600, 653]), 48**-0.5, 0.0
+    expected = run(ATTEND, *case)
+    for r, (first, last) in enumerate([(3, 600), (650, 653)]):
         for cache in (keys, values):
-            cache[r, :, : begin[r]] = torch.nan
-            cache[r, :, end[r] :] = torch.inf
-    for run in RUNS.values():
-        actual = run(query, keys, values, begin, end, 48**-0.5, 0.0)
-        torch.testing.assert_close(actual, expected)
-    assert torch.equal(ops.decode_attention(query, keys, values, begin, end), expected)
+            cache[r, :, :first] = torch.nan
+            cache[r, :, last:] = torch.inf
+    assert torch.equal(run(ATTEND, *case), expected)
 
 
-def test_a_rows_result_depends_on_nothing_else():
-    """Not on the other rows, the place of its slots, their strides, or the threads."""
+@our_kernels
+def test_a_rows_result_depends_on_nothing_else(run):
+    """Not on the other rows, the place of its slots, or their strides."""
     query, keys, values = random_case(3, 6, 2, 1000, 64, torch.bfloat16)
     begin, end = torch.tensor([0, 100, 900]), torch.tensor([1000, 700, 950])
-    batch = ops.decode_attention(query, keys, values, begin, end)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert torch.equal(ops.decode_attention(query, keys, values, begin, end), batch)
-    finally:
-        torch.set_num_threads(threads)
+    batch = run(ATTEND, query, keys, values, begin, end, 0.125, 0.0)
     for r, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
         row = (cache[r : r + 1, :, first:last] for cache in (keys, values))
         whole = torch.tensor([0]), torch.tensor([last - first])
-        assert torch.equal(ops.decode_attention(query[r : r + 1], *row, *whole)[0], batch[r])
+        alone = run(ATTEND, query[r : r + 1], *row, *whole, 0.125, 0.0)
+        assert torch.equal(alone[0], batch[r])
+
+
+def test_threads_do_not_change_a_bit():
+    query, keys, values = random_case(3, 6, 2, 1000, 64, torch.bfloat16)
+    slots = torch.tensor([0, 100, 900]), torch.tensor([1000, 700, 950])
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.decode_attention(query, keys, values, *slots))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+@other_devices
+@pytest.mark.parametrize("begin, end, seen", [(-1, 3, (0, 3)), (3, 2, (3, 3)), (0, 6, (0, 5))])
+def test_other_devices_see_the_slots_that_exist(run, begin, end, seen):
+    case = random_case(1, 4, 2, 5, 8, torch.float32)
+    first, last = (torch.tensor([slot]) for slot in seen)
+    expected = run(ATTEND, *case, first, last, 1.0, 0.0)
+    actual = run(ATTEND, *case, torch.tensor([begin]), torch.tensor([end]), 1.0, 0.0)
+    assert torch.equal(actual, expected)
 
 
 @every_device
@@ -157,13 +183,13 @@ def test_scores_without_bounds(run):
     values = torch.arange(600.0).view(1, 1, 600, 1).expand(1, 1, 600, 32)
     keys[:, :, 300] = 1e6
     whole = torch.tensor([0]), torch.tensor([600]), 1.0
-    assert (run(query, keys, values, *whole, 0.0) == 300).all()
+    assert (run(ATTEND, query, keys, values, *whole, 0.0) == 300).all()
     keys[:, :, :300] = -torch.inf
     keys[:, :, 300] = 0
-    torch.testing.assert_close(run(query, keys, values, *whole, 0.0)[0, 0, 0].item(), 449.5)
+    torch.testing.assert_close(run(ATTEND, query, keys, values, *whole, 0.0)[0, 0, 0].item(), 449.5)
     keys[:, :, 5] = torch.nan
-    assert run(query, keys, values, *whole, 0.0).isnan().all()
-    assert run(query, keys, values, *whole, 5.0).isnan().all()
+    assert run(ATTEND, query, keys, values, *whole, 0.0).isnan().all()
+    assert run(ATTEND, query, keys, values, *whole, 5.0).isnan().all()
 
 
 # --- What torch promises about ops ------------------------------------------------------------
@@ -220,7 +246,7 @@ def test_errors_name_the_value_and_what_is_accepted(run, changed, error, message
         "soft_cap": 0.0,
     }
     with pytest.raises(error, match=message):
-        run(*(case | changed).values())
+        run(ATTEND, *(case | changed).values())
 
 
 @pytest.mark.parametrize("begin, end", [(-1, 3), (3, 2), (0, 6)])

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../attention.h"
 #include "../kv.h"
 #include "../router.h"
 #include "../rows.h"
@@ -44,5 +45,9 @@ void scatter_rows_in_place(Rows hidden, int64_t B, const RowUpdate& update, RowS
                            void* stream);
 void scatter_add_rows(Rows hidden, int64_t B, const int64_t* rows, int64_t R, ConstRows update,
                       RowSize size, void* stream);
+
+// As firstlm::decode_attention; rows see those of their slots that exist.
+int64_t decode_attention_scratch(const DecodeAttention& attention);
+void decode_attention(const DecodeAttention& attention, void* scratch, void* output, void* stream);
 
 }  // namespace firstlm::cuda
