@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import pipeline
 
 import firstlm
-from firstlm import RouterConfig, checkpoint
+from firstlm import RouterConfig, checkpoint, cli_info
 from firstlm.checkpoint import router_state_dict
+from firstlm.tokenizer import load_tokenizer
 from tiny_gguf import write_tiny_gguf
 from tiny_models import base_model, draw_routers, pad, prompts, routed_model, tiny_base_path
 from tiny_tokenizer import tiny_tokenizer
@@ -176,9 +178,13 @@ def test_a_text_generation_pipeline_runs_the_chat_template():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as an upload of small files needs."""
+    """As much of the hub's HTTP interface as small files need to be uploaded and found again."""
 
-    files: dict[str, bytes]
+    files: dict[str, bytes]  # of the one repository that there is, me/tiny
+
+    @classmethod
+    def commit(cls) -> str:
+        return hashlib.sha1(repr(sorted(cls.files.items())).encode()).hexdigest()
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -197,55 +203,140 @@ class Hub(BaseHTTPRequestHandler):
                     value = entry["value"]
                     self.files[value["path"]] = base64.b64decode(value["content"])
             url = f"http://{self.headers['Host']}/me/tiny"
-            answer = {"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40}
+            answer = {"commitUrl": f"{url}/commit/{self.commit()}", "commitOid": self.commit()}
         else:  # repository creation and validation
             answer = {"url": f"http://{self.headers['Host']}/me/tiny", "name": "me/tiny"}
         self.reply(answer)
 
     def do_GET(self):
-        self.reply({"id": "me/tiny", "name": "me", "siblings": [], "sha": "0" * 40})
+        if "me/tiny" not in self.path:
+            return self.fail("RepoNotFound", "Repository not found")
+        if "/resolve/" in self.path:
+            name = self.path.partition("/resolve/")[2].partition("/")[2]
+            if name not in self.files:
+                return self.fail("EntryNotFound", "Entry not found")
+            return self.send(self.files[name], "application/octet-stream")
+        names = sorted(self.files)
+        if "/tree/" in self.path:
+            return self.reply(
+                [{"type": "file", "path": n, "size": len(self.files[n]), "oid": n} for n in names]
+            )
+        siblings = [{"rfilename": name} for name in names]
+        return self.reply(
+            {"id": "me/tiny", "name": "me", "siblings": siblings, "sha": self.commit()}
+        )
+
+    do_HEAD = do_GET
 
     def reply(self, answer):
-        data = json.dumps(answer).encode()
+        self.send(json.dumps(answer).encode(), "application/json")
+
+    def send(self, data, kind):
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Repo-Commit", self.commit())
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def fail(self, code, message):
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, *args):
         pass
 
 
-def test_push_to_hub_uploads_routers_and_adapter_only(tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, with an empty cache; returns the server, to be shut down early."""
     import huggingface_hub
 
     Hub.files = {}
-    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     api = huggingface_hub.HfApi(endpoint=endpoint)
     for module in (huggingface_hub.hf_api, __import__("transformers.utils.hub").utils.hub):
-        for name in ("create_repo", "create_commit", "create_branch", "api"):
+        for name in ("create_repo", "create_commit", "create_branch", "api", "hf_api"):
             if hasattr(module, name):
-                target = api if name == "api" else getattr(api, name)
+                target = {"api": api, "hf_api": lambda: api}.get(name) or getattr(api, name)
                 monkeypatch.setattr(module, name, target)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_to_hub_uploads_routers_and_adapter_only(hub):
     model = routed_model("llama")
     model.add_adapter(lora())
-    try:
-        model.push_to_hub("me/tiny", token="hf_test")
-    finally:
-        server.shutdown()
+    model.push_to_hub("me/tiny", token="hf_test")
     assert {"router_config.json", "router.safetensors"} < set(Hub.files)
     assert "adapter/adapter_model.safetensors" in Hub.files
     assert not any(name.split("/")[-1] == "model.safetensors" for name in Hub.files)
-    for name, content in Hub.files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    again = firstlm.from_pretrained(tmp_path, dtype=torch.float64)
-    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_a_checkpoint_on_a_hub_loads_by_its_id_and_then_without_the_hub(hub, monkeypatch):
+    model = routed_model("llama")
+    model.add_adapter(lora())
+    model.push_to_hub("me/tiny", token="hf_test")
+    options = {"dtype": torch.float64, "revision": Hub.commit()}
+    for again in (
+        firstlm.from_pretrained("me/tiny", dtype=torch.float64),
+        firstlm.from_pretrained("me/tiny", **options),
+    ):
+        torch.testing.assert_close(logits(again), logits(model))
+        assert again.router_config == model.router_config
+    routers = firstlm.from_pretrained(tiny_base_path("llama"), router="me/tiny")
+    assert routers.router_config.thresholds == model.router_config.thresholds
+    assert "adapter" not in Hub.files and cli_info.model("me/tiny")["adapter"]["rank"] == 4
+    hub.shutdown()
+    hub.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = firstlm.from_pretrained("me/tiny", dtype=torch.float64)
+    torch.testing.assert_close(logits(offline), logits(model))
+
+
+def test_a_checkpoint_on_a_hub_may_bring_its_tokenizer_or_take_its_bases(hub, tmp_path):
+    base = tiny_base_path("llama")
+    model = firstlm.from_pretrained(base)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model.router_config.base_model_name_or_path = str(tmp_path)
+    model.push_to_hub("me/tiny", token="hf_test")
+    assert load_tokenizer("me/tiny").encode("say a b") == tiny_tokenizer().encode("say a b")
+    Hub.files["tokenizer_config.json"] = (tmp_path / "tokenizer_config.json").read_bytes()
+    Hub.files["tokenizer.json"] = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_tokenizer("me/tiny").encode("say a b") == tiny_tokenizer().encode("say a b")
+
+
+def test_what_a_hub_does_not_have_is_one_clear_error(hub, monkeypatch):
+    with pytest.raises(OSError, match="me/nothing is not a local folder"):
+        firstlm.from_pretrained("me/nothing")
+    with pytest.raises(ValueError, match="me/tiny is not a firstlm checkpoint"):
+        firstlm.from_pretrained(tiny_base_path("llama"), router="me/tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"couldn't connect|offline"):
+        firstlm.from_pretrained("me/other")
+
+
+def test_a_checkpoint_whose_base_has_gone_says_how_to_name_another(tmp_path):
+    model = routed_model("llama")
+    model.router_config.base_model_name_or_path = str(tmp_path / "gone")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"gone, is not here.*router="):
+        firstlm.from_pretrained(tmp_path)
+    firstlm.from_pretrained(tiny_base_path("llama"), router=tmp_path)
 
 
 def test_the_base_weights_are_those_of_transformers():

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
+from firstlm import embedded_model
 from firstlm.atomic import publish_folder
 from firstlm.router import RouterConfig
 
@@ -27,11 +30,44 @@ WEIGHTS_NAME = "router.safetensors"
 ADAPTER_FOLDER = "adapter"
 # Keys of a config.json that say how a model was saved or loaded, not what it is.
 _NOT_IDENTITY = ("transformers_version", "dtype", "torch_dtype", "architectures")
+# What a checkpoint's repository on a hub may hold: routers, adapter and tokenizer, no base.
+_HUB_FILES = [CONFIG_NAME, WEIGHTS_NAME, f"{ADAPTER_FOLDER}/*", "token*", "*.json", "*.jinja"]
+# Arguments of from_pretrained that say how a hub is asked.
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether `path` is a folder that `save_checkpoint` wrote."""
-    return (Path(path) / CONFIG_NAME).is_file()
+def is_checkpoint(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is a folder that `save_checkpoint` wrote, or a hub id of such a one."""
+    return find_checkpoint(source, download=False) is not None
+
+
+def find_checkpoint(
+    source: str | os.PathLike[str], download: bool = True, **hub: Any
+) -> Path | None:
+    """The folder of a checkpoint, downloaded into the hub's cache if `source` is a hub id.
+
+    Args:
+        source: folder or hub id; the embedded model and GGUF files are no checkpoints.
+        download: of all its files; else of its router_config.json alone.
+        **hub: those of HUB_OPTIONS.
+
+    Returns:
+        None if `source` is no checkpoint, or the hub does not tell: transformers, which then looks
+        for a base model of this name, says what is wrong.
+    """
+    path = Path(source)
+    if path.exists():
+        return path if (path / CONFIG_NAME).is_file() else None
+    if embedded_model.is_alias(source) or path.suffix == ".gguf":
+        return None
+    try:
+        folder = Path(hf_hub_download(str(source), CONFIG_NAME, **hub)).parent
+    except (OSError, HFValidationError):
+        return None
+    if download:  # the commit that was found, should the branch move on meanwhile
+        hub = {**hub, "revision": folder.name, "allow_patterns": _HUB_FILES}
+        folder = Path(snapshot_download(str(source), **hub))
+    return folder
 
 
 def base_config_sha256(base: str | Path, **kwargs: Any) -> str:

@@ -41,7 +41,7 @@ Checkpoint = Annotated[
     str,
     typer.Option(
         "--checkpoint", "-c", metavar="MODEL",
-        help="A folder that firstlm trained, or any base model: folder, hub id, .gguf, or "
+        help="What firstlm trained, or any base model: folder, hub id, .gguf, or "
         "'embedded'. A base without routers keeps every layer.",
     ),
 ]  # fmt: skip
@@ -289,7 +289,7 @@ def plan(
 def info(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A checkpoint folder or a base model."),
+        typer.Argument(metavar="[MODEL]", help="A checkpoint or a base model: folder or hub id."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

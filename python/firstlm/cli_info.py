@@ -46,8 +46,9 @@ def model(name: str) -> dict[str, Any]:
     from firstlm.cli_input import check_model_exists
 
     check_model_exists(name)
-    if checkpoint.is_checkpoint(name):
-        return _checkpoint(Path(name))
+    folder = checkpoint.find_checkpoint(name)
+    if folder is not None:
+        return {"checkpoint": name, **_checkpoint(folder)}
     return {"model": name, **_base(name), "routers": None}
 
 
@@ -73,7 +74,6 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     head = config.head if config.head == "linear" else f"mlp of {config.bottleneck}"
     pooling = config.pooling + (f" over {config.windows} windows" if config.windows > 1 else "")
     return {
-        "checkpoint": str(folder),
         "base": {
             "model": config.base_model_name_or_path,
             "revision": config.base_revision,

@@ -74,10 +74,10 @@ def check_model_exists(name: str) -> None:
     from firstlm import checkpoint, embedded_model
 
     path = Path(name)
-    if embedded_model.is_alias(name) or checkpoint.is_checkpoint(path) or path.is_file():
+    if embedded_model.is_alias(name) or path.is_file():
         return
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (checkpoint.is_checkpoint(path) or (path / "config.json").is_file()):
             raise ValueError(
                 f"{name} is neither a firstlm checkpoint (no router_config.json) nor a "
                 "Hugging Face model (no config.json)"

@@ -31,18 +31,19 @@ def from_pretrained(
 
     Args:
         base: a folder or hub id of a Hugging Face model, a `.gguf` file, "embedded" (the model that
-            firstlm can obtain by itself), or a folder written by `save_pretrained`, which names its
-            own base.
-        router: a `RouterConfig` for fresh routers, a checkpoint folder to take routers from, or
-            None: the checkpoint's own, else fresh ones that keep every layer.
+            firstlm can obtain by itself), or what `save_pretrained` or `push_to_hub` wrote (folder
+            or hub id), which names its own base.
+        router: a `RouterConfig` for fresh routers, a checkpoint (folder or hub id) to take routers
+            from, or None: the checkpoint's own, else fresh ones that keep every layer.
         adapter: folder or hub id of a PEFT adapter; None: the checkpoint's own, if any; False: no
             adapter.
         dtype: of the base's weights, a torch dtype or its name; None as transformers chooses.
         device_map: as transformers takes it.
         merge_adapter: merge the adapter into the weights: faster decode, but no more adapter
             training and no `save_pretrained`, which never writes the base's weights.
-        **kwargs: handed to transformers' `from_pretrained` (`revision`, `attn_implementation`, …;
-            `attn_implementation="firstlm"`: decode on the CPU with firstlm's own attention).
+        **kwargs: handed to transformers' `from_pretrained` (`attn_implementation`, …; "firstlm":
+            decode on the CPU with firstlm's own attention). `revision` is that of `base`, a
+            checkpoint on a hub included; with a checkpoint's folder, that of the base it names.
 
     Returns:
         The model, of a subclass of its own class, in eval mode.
@@ -51,9 +52,11 @@ def from_pretrained(
         ValueError: a model without decoder layers that can be skipped (encoder-decoder,
             state-space, …), routers of another model, or a folder that is not what it should be.
     """
-    folder = None
-    if checkpoint.is_checkpoint(base):
-        folder = Path(base)
+    hub = {name: kwargs[name] for name in checkpoint.HUB_OPTIONS if name in kwargs}
+    folder = checkpoint.find_checkpoint(base, **hub)
+    if folder is not None:
+        if not Path(base).exists():
+            kwargs.pop("revision", None)  # was the checkpoint's
         base, revision = _base_of(folder)
         if revision is not None and not Path(base).exists():  # of a hub, where branches move on
             kwargs.setdefault("revision", revision)
@@ -62,7 +65,10 @@ def from_pretrained(
         adapter = adapter if adapter.is_dir() else None
     if router is None:
         router = folder
-    routers = None if router is None or isinstance(router, RouterConfig) else Path(router)
+    routers = None
+    if router is not None and not isinstance(router, RouterConfig):
+        hub.pop("revision", None)  # was the base's
+        routers = checkpoint.find_checkpoint(router, **hub) or Path(router)
     config = checkpoint.read_router_config(routers) if routers else router or RouterConfig()
     source, options = _resolve(base, kwargs)
     sha256 = checkpoint.base_config_sha256(source, **options)
@@ -94,6 +100,12 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
     config = checkpoint.read_router_config(folder)
     if config.base_model_name_or_path is None:
         raise ValueError(f"{folder / checkpoint.CONFIG_NAME} names no base_model_name_or_path")
+    path = Path(config.base_model_name_or_path)
+    if path.is_absolute() and not path.exists():
+        raise ValueError(
+            f"the base model of {folder}, {path}, is not here: load from_pretrained(BASE, "
+            f"router={str(folder)!r}, adapter={str(folder / checkpoint.ADAPTER_FOLDER)!r})"
+        )
     return config.base_model_name_or_path, config.base_revision
 
 

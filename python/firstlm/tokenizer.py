@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstlm import checkpoint, embedded_model
@@ -16,7 +15,7 @@ def load_tokenizer(base: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     """Load the tokenizer of a base model or checkpoint, ready for left-padded generation.
 
     Args:
-        base: as in `firstlm.from_pretrained`. A checkpoint folder without tokenizer files uses the
+        base: as in `firstlm.from_pretrained`. A checkpoint without tokenizer files uses the
             tokenizer of its base.
         **kwargs: handed to transformers' `AutoTokenizer.from_pretrained`.
 
@@ -27,11 +26,15 @@ def load_tokenizer(base: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     source = str(base)
-    if checkpoint.is_checkpoint(source) and not (Path(source) / "tokenizer_config.json").is_file():
-        named = checkpoint.read_router_config(source).base_model_name_or_path
-        if named is None:
+    hub = {name: kwargs[name] for name in checkpoint.HUB_OPTIONS if name in kwargs}
+    folder = checkpoint.find_checkpoint(base, **hub)
+    if folder is not None and not (folder / "tokenizer_config.json").is_file():
+        config = checkpoint.read_router_config(folder)
+        if config.base_model_name_or_path is None:
             raise ValueError(f"{source} holds no tokenizer and names no base model to take it from")
-        source = named
+        if not os.path.exists(source):
+            kwargs.pop("revision", None)  # was the checkpoint's
+        source = config.base_model_name_or_path
     if embedded_model.is_alias(source):
         source = str(embedded_model.path())
     elif source.endswith(".gguf"):
