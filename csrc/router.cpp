@@ -31,17 +31,26 @@ struct ColumnBlocks {
   int64_t size(int64_t block) const { return std::min(width, D - block * width); }
 };
 
-int64_t count_prompt_tokens(const bool* mask, int64_t T) {
-  return std::count(mask, mask + T, true);
-}
+// The tokens of one sequence.
+template <class T>
+struct Tokens {
+  T* data;         // [count, D]
+  int64_t stride;  // elements from token to token
+  int64_t count;
+  const bool* mask;  // [count], true for the prompt's; null: all are the prompt's
 
-// Walks over the prompt tokens of one row.
+  bool is_prompt(int64_t position) const { return !mask || mask[position]; }
+  int64_t prompt_tokens() const { return mask ? std::count(mask, mask + count, true) : count; }
+};
+
+// Walks over the prompt tokens of one sequence.
+template <class T>
 struct PromptCursor {
-  const bool* mask;
-  int64_t position;  // in the row
+  const Tokens<T>& tokens;
+  int64_t position;  // in the sequence
   int64_t rank = 0;  // among prompt tokens
 
-  explicit PromptCursor(const bool* mask) : mask(mask), position(0) { skip_others(); }
+  explicit PromptCursor(const Tokens<T>& tokens) : tokens(tokens), position(0) { skip_others(); }
 
   void advance() {
     ++position;
@@ -49,35 +58,34 @@ struct PromptCursor {
     skip_others();
   }
 
+  const T* states() const { return tokens.data + position * tokens.stride; }
+
  private:
   // Called only while a prompt token is left.
   void skip_others() {
-    while (!mask[position]) ++position;
+    while (!tokens.is_prompt(position)) ++position;
   }
 };
 
+// Some columns of all windows of one sequence: pooled [W, D] from its first column on.
 template <class T>
-void pool_block(const Kernels& kernels, const HiddenStates& hidden, const bool* mask, int64_t b,
-                Pooling pooling, int64_t column, int64_t width, Accumulator<T>* pooled) {
-  const int64_t W = pooling.W(), D = hidden.D;
-  for (int64_t w = 0; w < W; ++w) {
-    std::fill_n(pooled + w * D + column, width, Accumulator<T>(0));
-  }
-  const int64_t n = count_prompt_tokens(mask, hidden.T);
+void pool_block(AddRows add_rows, const Tokens<const T>& tokens, Pooling pooling, int64_t D,
+                int64_t width, Accumulator<T>* pooled) {
+  const int64_t W = pooling.W();
+  for (int64_t w = 0; w < W; ++w) std::fill_n(pooled + w * D, width, Accumulator<T>(0));
+  const int64_t n = tokens.prompt_tokens();
   if (n == 0) return;
 
-  const auto add_rows = kernels.add_rows[static_cast<int>(hidden.dtype)];
-  const T* row_0 = static_cast<const T*>(hidden.data) + b * hidden.stride_B + column;
-  const int64_t ahead = kRowsPerPass * hidden.stride_T * static_cast<int64_t>(sizeof(T));
-  PromptCursor token(mask);
+  const int64_t ahead = kRowsPerPass * tokens.stride * static_cast<int64_t>(sizeof(T));
+  PromptCursor<const T> token(tokens);
   for (int64_t w = 0; w < W; ++w) {
     const TokenRange range = pooled_range(pooling, w, n);
-    Accumulator<T>* sums = pooled + w * D + column;
+    Accumulator<T>* sums = pooled + w * D;
     const void* rows[kRowsPerPass];
     int pending = 0;
     while (token.rank < range.begin) token.advance();
     while (true) {
-      rows[pending++] = row_0 + token.position * hidden.stride_T;
+      rows[pending++] = token.states();
       const bool is_last = token.rank + 1 == range.end;
       if (pending == kRowsPerPass || is_last) {
         add_rows(rows, pending, width, ahead, sums);
@@ -91,30 +99,31 @@ void pool_block(const Kernels& kernels, const HiddenStates& hidden, const bool* 
   }
 }
 
+// The adjoint: writes those columns of every token.
 template <class T>
-void unpool_block(const HiddenStates& hidden, const bool* mask, Pooling pooling, int64_t column,
-                  int64_t width, const Accumulator<T>* grad_pooled, T* grad_row) {
-  const int64_t W = pooling.W(), D = hidden.D;
-  const int64_t n = count_prompt_tokens(mask, hidden.T);
+void unpool_block(const Tokens<T>& tokens, Pooling pooling, int64_t D, int64_t width,
+                  const Accumulator<T>* grad_pooled) {
+  const int64_t W = pooling.W(), n = tokens.prompt_tokens();
   Accumulator<T> sums[kMaxBlock];
   const T* first_of_range = nullptr;
   TokenRange range{0, 0};
   int64_t w = 0, rank = -1;
-  for (int64_t t = 0; t < hidden.T; ++t) {
-    T* to = grad_row + t * D + column;
-    if (mask[t]) ++rank;
-    const bool begins = mask[t] && w < W && pooled_range(pooling, w, n).begin == rank;
+  for (int64_t t = 0; t < tokens.count; ++t) {
+    T* to = tokens.data + t * tokens.stride;
+    const bool is_prompt = tokens.is_prompt(t);
+    if (is_prompt) ++rank;
+    const bool begins = is_prompt && w < W && pooled_range(pooling, w, n).begin == rank;
     if (begins) {
       std::fill_n(sums, width, Accumulator<T>(0));
       for (; w < W && pooled_range(pooling, w, n).begin == rank; ++w) {
         range = pooled_range(pooling, w, n);
         const auto length = static_cast<Accumulator<T>>(range.end - range.begin);
-        const Accumulator<T>* grad = grad_pooled + w * D + column;
+        const Accumulator<T>* grad = grad_pooled + w * D;
         for (int64_t i = 0; i < width; ++i) sums[i] += grad[i] / length;
       }
       for (int64_t i = 0; i < width; ++i) narrow(sums[i], to + i);
       first_of_range = to;
-    } else if (mask[t] && rank < range.end) {
+    } else if (is_prompt && rank < range.end) {
       std::memcpy(to, first_of_range, width * sizeof(T));
     } else {
       std::memset(to, 0, width * sizeof(T));
@@ -122,18 +131,48 @@ void unpool_block(const HiddenStates& hidden, const bool* mask, Pooling pooling,
   }
 }
 
-// Hands the threads pieces of [B, D]: body(element, row, first column, columns), where `element`
-// only tells the type of the hidden states.
+// Hands the threads pieces of B sequences of D columns, `bytes` in all: body(element, sequence,
+// first column, columns), where `element` only tells the type of the hidden states.
 template <class Body>
-void for_each_block(const HiddenStates& hidden, int threads, const Body& body) {
-  const int team = threads_for(hidden.bytes(), threads);
-  const ColumnBlocks blocks(hidden.B, hidden.D, team);
-  with_element_type(hidden.dtype, [&](auto element) {
-    parallel_for(hidden.B * blocks.count, team, [&](int64_t item) {
+void for_each_block(DType dtype, int64_t B, int64_t D, int64_t bytes, int threads,
+                    const Body& body) {
+  const int team = threads_for(bytes, threads);
+  const ColumnBlocks blocks(B, D, team);
+  with_element_type(dtype, [&](auto element) {
+    parallel_for(B * blocks.count, team, [&](int64_t item) {
       const int64_t b = item / blocks.count, block = item % blocks.count;
       body(element, b, blocks.begin(block), blocks.size(block));
     });
   });
+}
+
+// tokens_of(element, b) are the tokens of sequence b; B of them.
+template <class TokensOf>
+void pool_sequences(const Kernels& kernels, DType dtype, int64_t B, int64_t D, int64_t bytes,
+                    Pooling pooling, int threads, const TokensOf& tokens_of, void* pooled) {
+  const int64_t F = pooling.W() * D;
+  for_each_block(dtype, B, D, bytes, threads,
+                 [&](auto element, int64_t b, int64_t column, int64_t width) {
+                   using T = decltype(element);
+                   Tokens<const T> tokens = tokens_of(element, b);
+                   tokens.data += column;
+                   pool_block<T>(kernels.add_rows[static_cast<int>(dtype)], tokens, pooling, D,
+                                 width, static_cast<Accumulator<T>*>(pooled) + b * F + column);
+                 });
+}
+
+template <class TokensOf>
+void unpool_sequences(DType dtype, int64_t B, int64_t D, int64_t bytes, Pooling pooling,
+                      int threads, const TokensOf& tokens_of, const void* grad_pooled) {
+  const int64_t F = pooling.W() * D;
+  for_each_block(
+      dtype, B, D, bytes, threads, [&](auto element, int64_t b, int64_t column, int64_t width) {
+        using T = decltype(element);
+        Tokens<T> tokens = tokens_of(element, b);
+        tokens.data += column;
+        unpool_block<T>(tokens, pooling, D, width,
+                        static_cast<const Accumulator<T>*>(grad_pooled) + b * F + column);
+      });
 }
 
 float dot(const Kernels& kernels, const float* a, const float* b, int64_t n) {
@@ -153,25 +192,50 @@ T silu(T x) {
 
 int64_t HiddenStates::bytes() const { return B * T * D * size_of(dtype); }
 
+int64_t PackedStates::bytes() const { return N * D * size_of(dtype); }
+
 void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool* prompt_mask,
                  Pooling pooling, int threads, void* pooled) {
-  const int64_t F = pooling.W() * hidden.D;
-  for_each_block(hidden, threads, [&](auto element, int64_t b, int64_t column, int64_t width) {
+  const auto tokens_of = [&](auto element, int64_t b) {
     using T = decltype(element);
-    pool_block<T>(kernels, hidden, prompt_mask + b * hidden.T, b, pooling, column, width,
-                  static_cast<Accumulator<T>*>(pooled) + b * F);
-  });
+    const T* first = static_cast<const T*>(hidden.data) + b * hidden.stride_B;
+    return Tokens<const T>{first, hidden.stride_T, hidden.T, prompt_mask + b * hidden.T};
+  };
+  pool_sequences(kernels, hidden.dtype, hidden.B, hidden.D, hidden.bytes(), pooling, threads,
+                 tokens_of, pooled);
 }
 
 void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
                           const void* grad_pooled, int threads, void* grad_hidden) {
-  const int64_t F = pooling.W() * hidden.D;
-  for_each_block(hidden, threads, [&](auto element, int64_t b, int64_t column, int64_t width) {
+  const auto tokens_of = [&](auto element, int64_t b) {
     using T = decltype(element);
-    unpool_block<T>(hidden, prompt_mask + b * hidden.T, pooling, column, width,
-                    static_cast<const Accumulator<T>*>(grad_pooled) + b * F,
-                    static_cast<T*>(grad_hidden) + b * hidden.T * hidden.D);
-  });
+    T* first = static_cast<T*>(grad_hidden) + b * hidden.T * hidden.D;
+    return Tokens<T>{first, hidden.D, hidden.T, prompt_mask + b * hidden.T};
+  };
+  unpool_sequences(hidden.dtype, hidden.B, hidden.D, hidden.bytes(), pooling, threads, tokens_of,
+                   grad_pooled);
+}
+
+void router_pool_packed(const Kernels& kernels, const PackedStates& hidden, Pooling pooling,
+                        int threads, void* pooled) {
+  const auto tokens_of = [&](auto element, int64_t b) {
+    using T = decltype(element);
+    const T* first = static_cast<const T*>(hidden.data) + hidden.offsets[b] * hidden.stride_N;
+    return Tokens<const T>{first, hidden.stride_N, hidden.length(b), nullptr};
+  };
+  pool_sequences(kernels, hidden.dtype, hidden.B, hidden.D, hidden.bytes(), pooling, threads,
+                 tokens_of, pooled);
+}
+
+void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,
+                                 const void* grad_pooled, int threads, void* grad_hidden) {
+  const auto tokens_of = [&](auto element, int64_t b) {
+    using T = decltype(element);
+    T* first = static_cast<T*>(grad_hidden) + hidden.offsets[b] * hidden.D;
+    return Tokens<T>{first, hidden.D, hidden.length(b), nullptr};
+  };
+  unpool_sequences(hidden.dtype, hidden.B, hidden.D, hidden.bytes(), pooling, threads, tokens_of,
+                   grad_pooled);
 }
 
 template <class T>

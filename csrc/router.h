@@ -30,6 +30,27 @@ void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool*
 void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
                           const void* grad_pooled, int threads, void* grad_hidden);
 
+// Sequences one after the other, without padding.
+struct PackedStates {
+  const void* data;  // [N, D], elements of a token contiguous
+  DType dtype;
+  int64_t N, D, B;
+  int64_t stride_N;  // elements
+  const int64_t*
+      offsets;  // [B + 1], rising from 0 to N: sequence b is tokens [offsets[b], offsets[b + 1])
+
+  int64_t length(int64_t b) const { return offsets[b + 1] - offsets[b]; }
+  int64_t bytes() const;
+};
+
+// router_pool of sequences whose tokens all are the prompt's, to the same bits.
+void router_pool_packed(const Kernels& kernels, const PackedStates& hidden, Pooling pooling,
+                        int threads, void* pooled);
+
+// Its adjoint, as router_pool_backward: grad_hidden [N, D] contiguous.
+void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,
+                                 const void* grad_pooled, int threads, void* grad_hidden);
+
 template <class T>
 struct RouterHead {
   int64_t F, H;

@@ -14,10 +14,22 @@ from torch import Tensor
 
 import reference
 from firstlm import ops
-from op_cases import DTYPES, LAYOUTS, accumulator, drawn, every_device, our_kernels, strided
+from op_cases import (
+    DTYPES,
+    LAYOUTS,
+    accumulator,
+    composite,
+    drawn,
+    every_device,
+    on_cpu,
+    our_kernels,
+    strided,
+)
 
 POOL = torch.ops.firstlm.router_pool.default
 POOL_BACKWARD = torch.ops.firstlm.router_pool_backward.default
+PACKED = torch.ops.firstlm.router_pool_packed.default
+PACKED_BACKWARD = torch.ops.firstlm.router_pool_packed_backward.default
 HEAD = torch.ops.firstlm.router_head.default
 KINDS = ["mean", "windowed_mean", "last"]
 
@@ -154,6 +166,99 @@ def test_more_windows_than_tokens_repeat_tokens():
     assert ops.router_pool(hidden, everything, "windowed_mean", 5).tolist() == [[1, 1, 1, 2, 2]]
 
 
+# --- router_pool_packed ---------------------------------------------------------------------------
+
+
+def packed(case):
+    """The prompts of a case one after the other: hidden [N, D], offsets [B + 1], kind, windows."""
+    hidden, prompt_mask, kind, windows = case
+    offsets = torch.zeros(len(hidden) + 1, dtype=torch.int64)
+    offsets[1:] = prompt_mask.sum(1).cumsum(0)
+    return hidden[prompt_mask], offsets, kind, windows
+
+
+cpu_and_composite = pytest.mark.parametrize("run", [on_cpu, composite])
+
+
+@given(case=pool_cases())
+@drawn
+def test_packed_prompts_are_pooled_to_the_bits_of_padded_ones(case):
+    assert torch.equal(ops.router_pool_packed(*packed(case)), ops.router_pool(*case))
+
+
+@given(case=pool_cases())
+@drawn
+def test_packed_views_are_read_in_place(case):
+    hidden, offsets, kind, windows = packed(case)
+    larger = hidden.new_full((2 * len(hidden), hidden.shape[1] + 3), torch.nan)
+    larger[::2, 1:-2] = hidden
+    pooled = ops.router_pool_packed(larger[::2, 1:-2], offsets, kind, windows)
+    assert torch.equal(pooled, ops.router_pool_packed(hidden, offsets, kind, windows))
+
+
+@given(case=pool_cases())
+@drawn
+def test_packed_pool_of_other_devices_is_near(case):
+    hidden, prompt_mask, kind, windows = case
+    pooled = composite(PACKED, *packed(case))
+    magnitude = reference.router_pool(hidden.abs(), prompt_mask, kind, windows)
+    assert pooled.dtype == accumulator(hidden.dtype)
+    assert_near(pooled, reference.router_pool(*case), hidden.shape[1], magnitude)
+
+
+@cpu_and_composite
+@given(case=pool_cases())
+@drawn
+def test_packed_gradient_is_the_padded_ones(run, case):
+    hidden, prompt_mask, kind, windows = case
+    grad_pooled, expected = pool_gradient(case)
+    grad_pooled = grad_pooled.to(accumulator(hidden.dtype))
+    tokens, offsets, _, _ = packed(case)
+    grad = run(PACKED_BACKWARD, grad_pooled, offsets, kind, windows, len(tokens), hidden.dtype)
+    assert grad.dtype == hidden.dtype
+    assert_near(grad, expected[prompt_mask], windows, expected)
+
+    leaf = tokens.detach().requires_grad_()
+    ops.router_pool_packed(leaf, offsets, kind, windows).backward(grad_pooled)
+    padded = POOL_BACKWARD(grad_pooled, prompt_mask, kind, windows, hidden.dtype)
+    assert torch.equal(leaf.grad, padded[prompt_mask])
+
+
+OFFSETS = torch.tensor([0, 1, 3])
+
+
+@cpu_and_composite
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        ((torch.zeros(3), OFFSETS), ValueError, r"hidden has shape \[3\]; expected \[N, D\]"),
+        ((torch.zeros(3, 4).int(), OFFSETS), TypeError, "hidden is Int; expected float32"),
+        ((torch.zeros(3, 4), OFFSETS.int()), TypeError, "offsets is Int; expected int64"),
+        ((torch.zeros(3, 4), OFFSETS[:0]), ValueError, r"shape \[0\]; expected \[B \+ 1\]"),
+    ],
+)
+def test_errors_of_packed_prompts_name_what_is_accepted(run, args, error, message):
+    with pytest.raises(error, match=message):
+        run(PACKED, *args, "mean", 1)
+
+
+@pytest.mark.parametrize(
+    "offsets, message",
+    [
+        ([0, 2], "begin with 0 and end with 2; expected 0 and 3"),
+        ([1, 3], "begin with 1 and end with 3; expected 0 and 3"),
+        ([0, 2, 1, 3], r"offsets\[2\] is 1, less than offsets\[1\] = 2"),
+    ],
+)
+def test_offsets_rise_from_0_to_the_number_of_tokens(offsets, message):
+    offsets = torch.tensor(offsets)
+    with pytest.raises(ValueError, match=message):
+        ops.router_pool_packed(torch.zeros(3, 4), offsets)
+    grad = torch.zeros(len(offsets) - 1, 4)
+    with pytest.raises(ValueError, match=message):
+        PACKED_BACKWARD(grad, offsets, "mean", 1, 3, torch.float32)
+
+
 # --- router_head ----------------------------------------------------------------------------------
 
 
@@ -216,6 +321,14 @@ def op_samples():
                 f"pool-backward-{kind}-{dtype}",
                 POOL_BACKWARD,
                 (grad, prompt_mask, kind, 2, dtype),
+            )
+            tokens = torch.randn(7, 6).to(dtype).requires_grad_()
+            offsets = torch.tensor([0, 2, 2, 7])
+            yield f"packed-{kind}-{dtype}", PACKED, (tokens, offsets, kind, 2)
+            yield (
+                f"packed-backward-{kind}-{dtype}",
+                PACKED_BACKWARD,
+                (grad, offsets, kind, 2, 7, dtype),
             )
     for dtype in (torch.float32, torch.float64):
 

@@ -49,6 +49,54 @@ Tensor router_pool_backward_cpu(const Tensor& grad_pooled, const Tensor& prompt_
   return grad_hidden;
 }
 
+// ValueError unless offsets [B + 1] rise from 0 to N.
+void check_rising(const Tensor& offsets, int64_t N) {
+  const int64_t* offset = offsets.const_data_ptr<int64_t>();
+  const int64_t B = offsets.size(0) - 1;
+  TORCH_CHECK_VALUE(offset[0] == 0 && offset[B] == N, "offsets begin with ", offset[0],
+                    " and end with ", offset[B], "; expected 0 and ", N, ", the number of tokens");
+  for (int64_t b = 0; b < B; ++b) {
+    TORCH_CHECK_VALUE(offset[b] <= offset[b + 1], "offsets[", b + 1, "] is ", offset[b + 1],
+                      ", less than offsets[", b, "] = ", offset[b]);
+  }
+}
+
+PackedStates packed_states(const Tensor& hidden, const Tensor& offsets) {
+  check_rising(offsets, hidden.size(0));
+  return {hidden.const_data_ptr(),
+          parse_dtype("hidden", hidden.scalar_type()),
+          hidden.size(0),
+          hidden.size(1),
+          offsets.size(0) - 1,
+          hidden.stride(0),
+          offsets.const_data_ptr<int64_t>()};
+}
+
+Tensor router_pool_packed_cpu(const Tensor& hidden, const Tensor& offsets, std::string_view kind,
+                              int64_t windows) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_packed(hidden, offsets);
+  const Tensor states = with_dense_elements(hidden), begins = offsets.contiguous();
+  const PackedStates view = packed_states(states, begins);
+  Tensor pooled = at::empty({view.B, pooling.W() * view.D},
+                            hidden.options().dtype(accumulator_of(hidden.scalar_type())));
+  router_pool_packed(kernels(), view, pooling, num_threads(), pooled.mutable_data_ptr());
+  return pooled;
+}
+
+Tensor router_pool_packed_backward_cpu(const Tensor& grad_pooled, const Tensor& offsets,
+                                       std::string_view kind, int64_t windows, int64_t num_tokens,
+                                       at::ScalarType dtype) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_packed_backward(grad_pooled, offsets, pooling, dtype);
+  const Tensor grad = grad_pooled.contiguous(), begins = offsets.contiguous();
+  Tensor grad_hidden =
+      at::empty({num_tokens, grad.size(1) / pooling.W()}, grad.options().dtype(dtype));
+  router_pool_packed_backward(packed_states(grad_hidden, begins), pooling, grad.const_data_ptr(),
+                              num_threads(), grad_hidden.mutable_data_ptr());
+  return grad_hidden;
+}
+
 template <class T>
 Tensor run_router_head(const Tensor& pooled, const HeadParameters& parameters, double norm_eps) {
   const Tensor x = pooled.contiguous();
@@ -72,17 +120,41 @@ Tensor router_head_cpu(const Tensor& pooled, const Tensor& weight, const Tensor&
 
 // --- Composite ------------------------------------------------------------------------------
 
-// [B, W, T]: what each token weighs in each feature; rows of zeros where there is no prompt.
+// [B, W] each: pooled_range of every window of sequences of n [B, 1] prompt tokens.
+struct Ranges {
+  Tensor begin, end;
+
+  Ranges(const Tensor& n, Pooling pooling) {
+    const int64_t W = pooling.W();
+    const Tensor w = at::arange(W, n.options()).unsqueeze(0);  // [1, W]
+    const bool is_last = pooling.kind == PoolKind::kLast;
+    begin = is_last ? n - 1 : (w * n).floor_divide(W);
+    end = is_last ? n : at::maximum(begin + 1, ((w + 1) * n).floor_divide(W));
+  }
+};
+
+// [B, W, T]: what each token weighs in each feature, of tokens that `may_count` and have a rank
+// among those of their sequence, both [B, 1, T].
+Tensor weights_of(const Tensor& rank, const Tensor& may_count, const Ranges& ranges,
+                  at::ScalarType dtype) {
+  const Tensor begin = ranges.begin.unsqueeze(2), end = ranges.end.unsqueeze(2);
+  return ((rank >= begin) & (rank < end) & may_count).to(dtype) / (end - begin).to(dtype);
+}
+
+// Rows of zeros where there is no prompt.
 Tensor pooling_weights(const Tensor& prompt_mask, Pooling pooling, at::ScalarType dtype) {
-  const auto options = prompt_mask.options().dtype(at::kLong);
-  const Tensor rank = prompt_mask.cumsum(1, at::kLong).sub(1).unsqueeze(1);  // [B, 1, T]
-  const Tensor n = prompt_mask.sum(1, true, at::kLong);                      // [B, 1]
-  const Tensor w = at::arange(pooling.W(), options).unsqueeze(0);            // [1, W]
-  const bool is_last = pooling.kind == PoolKind::kLast;
-  const Tensor begin = is_last ? n - 1 : (w * n).floor_divide(pooling.W());  // [B, W]
-  const Tensor end = is_last ? n : at::maximum(begin + 1, ((w + 1) * n).floor_divide(pooling.W()));
-  const Tensor in_range = (rank >= begin.unsqueeze(2)) & (rank < end.unsqueeze(2));
-  return (in_range & prompt_mask.unsqueeze(1)).to(dtype) / (end - begin).unsqueeze(2).to(dtype);
+  const Tensor rank = prompt_mask.cumsum(1, at::kLong).sub(1).unsqueeze(1);
+  const Ranges ranges(prompt_mask.sum(1, true, at::kLong), pooling);
+  return weights_of(rank, prompt_mask.unsqueeze(1), ranges, dtype);
+}
+
+// [B, W, N], for N tokens that lie one sequence after the other.
+Tensor packed_weights(const Tensor& offsets, int64_t N, Pooling pooling, at::ScalarType dtype) {
+  const int64_t B = offsets.size(0) - 1;
+  const Tensor begin = offsets.narrow(0, 0, B).unsqueeze(1);  // [B, 1]
+  const Tensor n = offsets.narrow(0, 1, B).unsqueeze(1) - begin;
+  const Tensor rank = (at::arange(N, offsets.options()).unsqueeze(0) - begin).unsqueeze(1);
+  return weights_of(rank, (rank >= 0) & (rank < n.unsqueeze(2)), Ranges(n, pooling), dtype);
 }
 
 Tensor router_pool_composite(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
@@ -105,6 +177,26 @@ Tensor router_pool_backward_composite(const Tensor& grad_pooled, const Tensor& p
   return at::bmm(weights.transpose(1, 2), grad).to(dtype);
 }
 
+Tensor router_pool_packed_composite(const Tensor& hidden, const Tensor& offsets,
+                                    std::string_view kind, int64_t windows) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_packed(hidden, offsets);
+  const at::ScalarType dtype = accumulator_of(hidden.scalar_type());
+  const Tensor weights = packed_weights(offsets, hidden.size(0), pooling, dtype);
+  return weights.matmul(hidden.to(dtype)).flatten(1);
+}
+
+Tensor router_pool_packed_backward_composite(const Tensor& grad_pooled, const Tensor& offsets,
+                                             std::string_view kind, int64_t windows,
+                                             int64_t num_tokens, at::ScalarType dtype) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_packed_backward(grad_pooled, offsets, pooling, dtype);
+  const Tensor weights =
+      packed_weights(offsets, num_tokens, pooling, grad_pooled.scalar_type()).flatten(0, 1);
+  const int64_t B = offsets.size(0) - 1, D = grad_pooled.size(1) / pooling.W();
+  return weights.t().matmul(grad_pooled.reshape({B * pooling.W(), D})).to(dtype);
+}
+
 Tensor router_head_composite(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
                              const OptionalTensor& out_weight, const OptionalTensor& out_bias,
                              double norm_eps) {
@@ -121,11 +213,15 @@ Tensor router_head_composite(const Tensor& pooled, const Tensor& weight, const T
 TORCH_LIBRARY_IMPL(firstlm, CPU, m) {
   m.impl("router_pool", firstlm::router_pool_cpu);
   m.impl("router_pool_backward", firstlm::router_pool_backward_cpu);
+  m.impl("router_pool_packed", firstlm::router_pool_packed_cpu);
+  m.impl("router_pool_packed_backward", firstlm::router_pool_packed_backward_cpu);
   m.impl("router_head", firstlm::router_head_cpu);
 }
 
 TORCH_LIBRARY_IMPL(firstlm, CompositeExplicitAutograd, m) {
   m.impl("router_pool", firstlm::router_pool_composite);
   m.impl("router_pool_backward", firstlm::router_pool_backward_composite);
+  m.impl("router_pool_packed", firstlm::router_pool_packed_composite);
+  m.impl("router_pool_packed_backward", firstlm::router_pool_packed_backward_composite);
   m.impl("router_head", firstlm::router_head_composite);
 }

@@ -37,17 +37,44 @@ inline void check_pool(const at::Tensor& hidden, const at::Tensor& prompt_mask) 
   check_shape("prompt_mask", prompt_mask, hidden.sizes().slice(0, 2), "[B, T]");
 }
 
+inline void check_grad_pooled(const at::Tensor& grad_pooled, int64_t B, Pooling pooling,
+                              at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      grad_pooled.dim() == 2 && grad_pooled.size(0) == B && grad_pooled.size(1) % pooling.W() == 0,
+      "grad_pooled has shape ", grad_pooled.sizes(), "; expected [", B, ", a multiple of ",
+      pooling.W(), "]");
+  TORCH_CHECK_TYPE(grad_pooled.scalar_type() == accumulator_of(dtype), "grad_pooled is ",
+                   grad_pooled.scalar_type(), "; expected ", accumulator_of(dtype), " for ", dtype,
+                   " hidden states");
+}
+
 inline void check_pool_backward(const at::Tensor& grad_pooled, const at::Tensor& prompt_mask,
                                 Pooling pooling, at::ScalarType dtype) {
   parse_dtype("dtype", dtype);
   check_prompt_mask(prompt_mask, grad_pooled.device());
-  TORCH_CHECK_VALUE(grad_pooled.dim() == 2 && grad_pooled.size(0) == prompt_mask.size(0) &&
-                        grad_pooled.size(1) % pooling.W() == 0,
-                    "grad_pooled has shape ", grad_pooled.sizes(), "; expected [",
-                    prompt_mask.size(0), ", a multiple of ", pooling.W(), "]");
-  TORCH_CHECK_TYPE(grad_pooled.scalar_type() == accumulator_of(dtype), "grad_pooled is ",
-                   grad_pooled.scalar_type(), "; expected ", accumulator_of(dtype), " for ", dtype,
-                   " hidden states");
+  check_grad_pooled(grad_pooled, prompt_mask.size(0), pooling, dtype);
+}
+
+inline void check_offsets(const at::Tensor& offsets, at::Device device) {
+  TORCH_CHECK_TYPE(offsets.scalar_type() == at::kLong, "offsets is ", offsets.scalar_type(),
+                   "; expected int64");
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets has shape ",
+                    offsets.sizes(), "; expected [B + 1]");
+  TORCH_CHECK_VALUE(offsets.device() == device, "offsets is on ", offsets.device(), "; expected ",
+                    device, ", where the other tensor is");
+}
+
+inline void check_pool_packed(const at::Tensor& hidden, const at::Tensor& offsets) {
+  TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden has shape ", hidden.sizes(), "; expected [N, D]");
+  parse_dtype("hidden", hidden.scalar_type());
+  check_offsets(offsets, hidden.device());
+}
+
+inline void check_pool_packed_backward(const at::Tensor& grad_pooled, const at::Tensor& offsets,
+                                       Pooling pooling, at::ScalarType dtype) {
+  parse_dtype("dtype", dtype);
+  check_offsets(offsets, grad_pooled.device());
+  check_grad_pooled(grad_pooled, offsets.size(0) - 1, pooling, dtype);
 }
 
 inline void check_head_parameter(const char* name, const at::Tensor& parameter,

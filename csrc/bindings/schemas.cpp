@@ -9,6 +9,10 @@ void define_ops(torch::Library& m) {
   m.def(
       "router_pool_backward(Tensor grad_pooled, Tensor prompt_mask, str kind, int windows, "
       "ScalarType dtype) -> Tensor");
+  m.def("router_pool_packed(Tensor hidden, Tensor offsets, str kind, int windows) -> Tensor");
+  m.def(
+      "router_pool_packed_backward(Tensor grad_pooled, Tensor offsets, str kind, int windows, "
+      "SymInt num_tokens, ScalarType dtype) -> Tensor");
   m.def(
       "router_head(Tensor pooled, Tensor weight, Tensor bias, Tensor? out_weight, "
       "Tensor? out_bias, float norm_eps) -> Tensor");

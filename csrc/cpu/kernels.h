@@ -12,6 +12,13 @@ namespace firstlm {
 // Rows that add_rows takes at once, so that the sums pass through L1 once for all of them.
 inline constexpr int kRowsPerPass = 4;
 
+// sums[i] += rows[0][i] + … + rows[count - 1][i] for i < width and count in [1, kRowsPerPass].
+// Rows are of the table index's type, sums of its accumulator's. The order of additions is the same
+// on every instruction set, and so are the sums. What lies `ahead` bytes after the rows, the next
+// rows as a rule, is prefetched: hardware does not follow streams this short.
+using AddRows = void (*)(const void* const* rows, int count, int64_t width, int64_t ahead,
+                         void* sums);
+
 // Slots of the cache that decode attention takes at once, whatever the threads: results do not
 // depend on their number.
 inline constexpr int64_t kSlotsPerSplit = 256;
@@ -48,12 +55,7 @@ struct SplitMerge {
 struct Kernels {
   const char* isa;
 
-  // sums[i] += rows[0][i] + … + rows[count - 1][i] for i < width and count in [1, kRowsPerPass].
-  // Rows are of the table index's type, sums of its accumulator's. The order of additions is
-  // the same on every instruction set, and so are the sums. What lies `ahead` bytes after the rows,
-  // the next rows as a rule, is prefetched: hardware does not follow streams this short.
-  void (*add_rows[kNumDTypes])(const void* const* rows, int count, int64_t width, int64_t ahead,
-                               void* sums);
+  AddRows add_rows[kNumDTypes];
 
   // to[i] = a[i] + gate * (b[i] - a[i]) for i < n, computed in the accumulator's type from the end
   // that is nearer: to[i] may be a[i] or b[i].

@@ -36,6 +36,28 @@ def router_pool(
     return torch.ops.firstlm.router_pool(hidden, prompt_mask, kind, windows)
 
 
+def router_pool_packed(
+    hidden: Tensor, offsets: Tensor, kind: PoolKind = "mean", windows: int = 1
+) -> Tensor:
+    """`router_pool` of prompts that lie one after the other without padding, to the same bits.
+
+    Args:
+        hidden: [N, D] float32, bfloat16, float16 or float64; any strides.
+        offsets: [B + 1] int64, rising from 0 to N: prompt b is the tokens [offsets[b],
+            offsets[b + 1]). An empty one gives zeros.
+        kind, windows: as in `router_pool`.
+
+    Returns:
+        [B, F] float32 (float64 for float64 input), as `router_pool`. Differentiable with respect to
+        `hidden`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above; on
+            the CPU, offsets that do not rise from 0 to N.
+    """
+    return torch.ops.firstlm.router_pool_packed(hidden, offsets, kind, windows)
+
+
 def router_head(
     pooled: Tensor,
     weight: Tensor,
@@ -101,6 +123,26 @@ def _(
     return grad_pooled.new_empty(B, T, D, dtype=dtype)
 
 
+@torch.library.register_fake("firstlm::router_pool_packed")
+def _(hidden: Tensor, offsets: Tensor, kind: str, windows: int) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    B, D = offsets.shape[0] - 1, hidden.shape[1]
+    return hidden.new_empty(B, _features(kind, windows) * D, dtype=dtype)
+
+
+@torch.library.register_fake("firstlm::router_pool_packed_backward")
+def _(
+    grad_pooled: Tensor,
+    offsets: Tensor,
+    kind: str,
+    windows: int,
+    num_tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    D = grad_pooled.shape[1] // _features(kind, windows)
+    return grad_pooled.new_empty(num_tokens, D, dtype=dtype)
+
+
 @torch.library.register_fake("firstlm::router_head")
 def _(
     pooled: Tensor,
@@ -142,6 +184,31 @@ def _pool_double_backward(ctx: Any, grad_grad_hidden: Tensor) -> tuple[Tensor | 
     return grad, None, None, None, None
 
 
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, offsets, ctx.kind, ctx.windows = inputs
+    ctx.num_tokens, ctx.dtype = hidden.shape[0], hidden.dtype
+    ctx.save_for_backward(offsets)
+
+
+def _packed_backward(ctx: Any, grad_pooled: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    grad_hidden = torch.ops.firstlm.router_pool_packed_backward(
+        grad_pooled, offsets, ctx.kind, ctx.windows, ctx.num_tokens, ctx.dtype
+    )
+    return grad_hidden, None, None, None
+
+
+def _save_packed_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, offsets, ctx.kind, ctx.windows, _, _ = inputs
+    ctx.save_for_backward(offsets)
+
+
+def _packed_double_backward(ctx: Any, grad_grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
+    (offsets,) = ctx.saved_tensors
+    grad = torch.ops.firstlm.router_pool_packed(grad_grad_hidden, offsets, ctx.kind, ctx.windows)
+    return grad, None, None, None, None, None
+
+
 def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.norm_eps = inputs
     ctx.save_for_backward(*tensors)
@@ -174,5 +241,13 @@ def _head_backward(ctx: Any, grad_logit: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("firstlm::router_pool", _pool_backward, setup_context=_save_pool)
 torch.library.register_autograd(
     "firstlm::router_pool_backward", _pool_double_backward, setup_context=_save_pool_backward
+)
+torch.library.register_autograd(
+    "firstlm::router_pool_packed", _packed_backward, setup_context=_save_packed
+)
+torch.library.register_autograd(
+    "firstlm::router_pool_packed_backward",
+    _packed_double_backward,
+    setup_context=_save_packed_backward,
 )
 torch.library.register_autograd("firstlm::router_head", _head_backward, setup_context=_save_head)
