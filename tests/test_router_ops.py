@@ -21,7 +21,7 @@ from op_cases import (
     composite,
     drawn,
     every_device,
-    on_cpu,
+    other_devices,
     our_kernels,
     strided,
 )
@@ -177,23 +177,22 @@ def packed(case):
     return hidden[prompt_mask], offsets, kind, windows
 
 
-cpu_and_composite = pytest.mark.parametrize("run", [on_cpu, composite])
-
-
+@our_kernels
 @given(case=pool_cases())
 @drawn
-def test_packed_prompts_are_pooled_to_the_bits_of_padded_ones(case):
-    assert torch.equal(ops.router_pool_packed(*packed(case)), ops.router_pool(*case))
+def test_packed_prompts_are_pooled_to_the_bits_of_padded_ones(run, case):
+    assert torch.equal(run(PACKED, *packed(case)), run(POOL, *case))
 
 
+@our_kernels
 @given(case=pool_cases())
 @drawn
-def test_packed_views_are_read_in_place(case):
+def test_packed_views_are_read_in_place(run, case):
     hidden, offsets, kind, windows = packed(case)
     larger = hidden.new_full((2 * len(hidden), hidden.shape[1] + 3), torch.nan)
     larger[::2, 1:-2] = hidden
-    pooled = ops.router_pool_packed(larger[::2, 1:-2], offsets, kind, windows)
-    assert torch.equal(pooled, ops.router_pool_packed(hidden, offsets, kind, windows))
+    pooled = run(PACKED, larger[::2, 1:-2], offsets, kind, windows)
+    assert torch.equal(pooled, run(PACKED, hidden, offsets, kind, windows))
 
 
 @given(case=pool_cases())
@@ -206,7 +205,7 @@ def test_packed_pool_of_other_devices_is_near(case):
     assert_near(pooled, reference.router_pool(*case), hidden.shape[1], magnitude)
 
 
-@cpu_and_composite
+@every_device
 @given(case=pool_cases())
 @drawn
 def test_packed_gradient_is_the_padded_ones(run, case):
@@ -218,6 +217,13 @@ def test_packed_gradient_is_the_padded_ones(run, case):
     assert grad.dtype == hidden.dtype
     assert_near(grad, expected[prompt_mask], windows, expected)
 
+
+@given(case=pool_cases())
+@drawn
+def test_autograd_gives_the_packed_gradient(case):
+    hidden, prompt_mask, kind, windows = case
+    grad_pooled = pool_gradient(case)[0].to(accumulator(hidden.dtype))
+    tokens, offsets, _, _ = packed(case)
     leaf = tokens.detach().requires_grad_()
     ops.router_pool_packed(leaf, offsets, kind, windows).backward(grad_pooled)
     padded = POOL_BACKWARD(grad_pooled, prompt_mask, kind, windows, hidden.dtype)
@@ -227,7 +233,7 @@ def test_packed_gradient_is_the_padded_ones(run, case):
 OFFSETS = torch.tensor([0, 1, 3])
 
 
-@cpu_and_composite
+@every_device
 @pytest.mark.parametrize(
     "args, error, message",
     [
@@ -257,6 +263,16 @@ def test_offsets_rise_from_0_to_the_number_of_tokens(offsets, message):
     grad = torch.zeros(len(offsets) - 1, 4)
     with pytest.raises(ValueError, match=message):
         PACKED_BACKWARD(grad, offsets, "mean", 1, 3, torch.float32)
+
+
+@other_devices
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [-5, 9], [3, 0], [0]])
+def test_other_devices_seek_no_token_that_does_not_exist(run, offsets):
+    offsets = torch.tensor(offsets)
+    for kind in KINDS:
+        assert run(PACKED, torch.ones(3, 4), offsets, kind, 1).shape == (len(offsets) - 1, 4)
+        grad = torch.zeros(len(offsets) - 1, 4)
+        assert not run(PACKED_BACKWARD, grad, offsets, kind, 1, 3, torch.float32).any()
 
 
 # --- router_head ----------------------------------------------------------------------------------

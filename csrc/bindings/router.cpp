@@ -61,22 +61,12 @@ void check_rising(const Tensor& offsets, int64_t N) {
   }
 }
 
-PackedStates packed_states(const Tensor& hidden, const Tensor& offsets) {
-  check_rising(offsets, hidden.size(0));
-  return {hidden.const_data_ptr(),
-          parse_dtype("hidden", hidden.scalar_type()),
-          hidden.size(0),
-          hidden.size(1),
-          offsets.size(0) - 1,
-          hidden.stride(0),
-          offsets.const_data_ptr<int64_t>()};
-}
-
 Tensor router_pool_packed_cpu(const Tensor& hidden, const Tensor& offsets, std::string_view kind,
                               int64_t windows) {
   const Pooling pooling = parse_pooling(kind, windows);
   check_pool_packed(hidden, offsets);
   const Tensor states = with_dense_elements(hidden), begins = offsets.contiguous();
+  check_rising(begins, hidden.size(0));
   const PackedStates view = packed_states(states, begins);
   Tensor pooled = at::empty({view.B, pooling.W() * view.D},
                             hidden.options().dtype(accumulator_of(hidden.scalar_type())));
@@ -90,6 +80,7 @@ Tensor router_pool_packed_backward_cpu(const Tensor& grad_pooled, const Tensor& 
   const Pooling pooling = parse_pooling(kind, windows);
   check_pool_packed_backward(grad_pooled, offsets, pooling, dtype);
   const Tensor grad = grad_pooled.contiguous(), begins = offsets.contiguous();
+  check_rising(begins, num_tokens);
   Tensor grad_hidden =
       at::empty({num_tokens, grad.size(1) / pooling.W()}, grad.options().dtype(dtype));
   router_pool_packed_backward(packed_states(grad_hidden, begins), pooling, grad.const_data_ptr(),

@@ -117,6 +117,17 @@ inline HiddenStates hidden_states(const at::Tensor& states) {
           states.stride(1)};
 }
 
+// [N, D] with dense elements; offsets [B + 1] contiguous.
+inline PackedStates packed_states(const at::Tensor& states, const at::Tensor& offsets) {
+  return {states.const_data_ptr(),
+          parse_dtype("hidden", states.scalar_type()),
+          states.size(0),
+          states.size(1),
+          offsets.size(0) - 1,
+          states.stride(0),
+          offsets.const_data_ptr<int64_t>()};
+}
+
 // Parameters that passed check_head, in the layout that the core reads, kept alive.
 struct HeadParameters {
   at::Tensor weight, bias, out_weight, out_bias;  // the last two undefined for the linear head

@@ -39,6 +39,36 @@ Tensor router_pool_backward_cuda(const Tensor& grad_pooled, const Tensor& prompt
   return grad_hidden;
 }
 
+Tensor router_pool_packed_cuda(const Tensor& hidden, const Tensor& offsets, std::string_view kind,
+                               int64_t windows) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_packed(hidden, offsets);
+  const OnDeviceOf device(hidden);
+  const Tensor states = with_dense_elements(hidden), begins = offsets.contiguous();
+  const PackedStates view = packed_states(states, begins);
+  Tensor pooled = at::empty({view.B, pooling.W() * view.D},
+                            hidden.options().dtype(accumulator_of(hidden.scalar_type())));
+  Tensor scratch = device.scratch(cuda::router_pool_packed_scratch(view, pooling));
+  cuda::router_pool_packed(view, pooling, scratch.mutable_data_ptr(), pooled.mutable_data_ptr(),
+                           device.stream());
+  return pooled;
+}
+
+Tensor router_pool_packed_backward_cuda(const Tensor& grad_pooled, const Tensor& offsets,
+                                        std::string_view kind, int64_t windows, int64_t num_tokens,
+                                        at::ScalarType dtype) {
+  const Pooling pooling = parse_pooling(kind, windows);
+  check_pool_packed_backward(grad_pooled, offsets, pooling, dtype);
+  const OnDeviceOf device(grad_pooled);
+  const Tensor grad = grad_pooled.contiguous(), begins = offsets.contiguous();
+  Tensor grad_hidden =
+      at::empty({num_tokens, grad.size(1) / pooling.W()}, grad.options().dtype(dtype));
+  cuda::router_pool_packed_backward(packed_states(grad_hidden, begins), pooling,
+                                    grad.const_data_ptr(), grad_hidden.mutable_data_ptr(),
+                                    device.stream());
+  return grad_hidden;
+}
+
 template <class T>
 Tensor run_router_head(const Tensor& pooled, const HeadParameters& parameters, double norm_eps) {
   const OnDeviceOf device(pooled);
@@ -67,5 +97,7 @@ Tensor router_head_cuda(const Tensor& pooled, const Tensor& weight, const Tensor
 FIRSTLM_CUDA_KERNELS(m) {
   m.impl("router_pool", firstlm::router_pool_cuda);
   m.impl("router_pool_backward", firstlm::router_pool_backward_cuda);
+  m.impl("router_pool_packed", firstlm::router_pool_packed_cuda);
+  m.impl("router_pool_packed_backward", firstlm::router_pool_packed_backward_cuda);
   m.impl("router_head", firstlm::router_head_cuda);
 }

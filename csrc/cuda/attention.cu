@@ -373,9 +373,11 @@ auto attend_of(const DecodeAttention& attention) {
 int64_t decode_attention_scratch(const DecodeAttention& attention) {
   const int64_t count = attention.R * attention.Hq * splits_of(attention);
   Scratch scratch(nullptr);
-  for (const int64_t elements : {count, count, count * attention.D}) {
-    scratch.take<double>(elements);
-  }
+  with_element_type(attention.dtype, [&](auto element) {
+    for (const int64_t elements : {count, count, count * attention.D}) {
+      scratch.take<Accumulator<decltype(element)>>(elements);
+    }
+  });
   return scratch.bytes();
 }
 

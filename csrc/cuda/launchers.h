@@ -23,6 +23,14 @@ int64_t router_pool_backward_scratch(const HiddenStates& hidden);
 void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
                           const void* grad_pooled, void* scratch, void* grad_hidden, void* stream);
 
+// As firstlm::router_pool_packed and its adjoint. Offsets that do not rise from 0 to N give
+// features of other tokens or zeros.
+int64_t router_pool_packed_scratch(const PackedStates& hidden, Pooling pooling);
+void router_pool_packed(const PackedStates& hidden, Pooling pooling, void* scratch, void* pooled,
+                        void* stream);
+void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,
+                                 const void* grad_pooled, void* grad_hidden, void* stream);
+
 // As firstlm::router_head; `units` is scratch there, too.
 template <class T>
 void router_head(const RouterHead<T>& head, const T* pooled, int64_t B, T* units, T* logit,

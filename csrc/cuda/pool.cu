@@ -1,4 +1,5 @@
-// Pooling of the prompt's hidden states, and its adjoint. Letters as in ../router.h.
+// Pooling of the prompt's hidden states, masked or packed, and its adjoint. Letters as in
+// ../router.h.
 //
 // The tokens of a window are cut in parts of a fixed size, so that a long prompt of one sequence
 // fills the device: one kernel sums the parts, another adds them up. Tokens are counted among the
@@ -6,6 +7,7 @@
 #include <type_traits>
 
 #include "compact.cuh"
+#include "copy.cuh"
 #include "element.cuh"
 #include "launchers.h"
 #include "scratch.h"
@@ -29,18 +31,44 @@ __device__ int64_t last_that(int64_t count, const Holds& holds) {
   return begin;
 }
 
-// Where the prompt tokens of every row lie.
-struct PromptTokens {
+// A token by its row, and by its rank among the row's prompt tokens; those of other tokens follow.
+struct TokenName {
+  int64_t b, rank;
+};
+
+// Where the prompt tokens of every row lie, in padded rows.
+struct MaskedTokens {
   int64_t B, T;
   int64_t stride_B, stride_T;  // of the hidden states
   Input<int32_t> positions;    // [B, T]: those of the n prompt tokens, then those of the others
   Input<int32_t> counts;       // [B]
 
+  __host__ __device__ int64_t total() const { return B * T; }
   __device__ int64_t count(int64_t b) const { return counts.load(b); }
   // Tokens of the rows before.
   __device__ int64_t before(int64_t b) const { return b * T; }
-  __device__ int64_t element(int64_t b, int64_t rank) const {
-    return b * stride_B + positions.load(b * T + rank) * stride_T;
+  __device__ int64_t element(TokenName token) const {
+    return token.b * stride_B + positions.load(token.b * T + token.rank) * stride_T;
+  }
+  // All tokens, in some order.
+  __device__ TokenName name(int64_t i) const { return {i / T, i % T}; }
+};
+
+// In rows one after the other. Whatever the offsets hold, no token is sought outside [0, N).
+struct PackedTokens {
+  int64_t B, N;
+  int64_t stride_N;        // of the hidden states
+  Input<int64_t> offsets;  // [B + 1]
+
+  __host__ __device__ int64_t total() const { return N; }
+  __device__ int64_t before(int64_t b) const { return larger(smaller(offsets.load(b), N), 0); }
+  __device__ int64_t count(int64_t b) const { return larger(before(b + 1) - before(b), 0); }
+  __device__ int64_t element(TokenName token) const {
+    return (before(token.b) + token.rank) * stride_N;
+  }
+  __device__ TokenName name(int64_t i) const {
+    const int64_t b = last_that(B, [&](int64_t row) { return before(row) <= i; });
+    return {b, i - before(b)};
   }
 };
 
@@ -50,7 +78,7 @@ struct Parts {
   Pooling pooling;
 
   int64_t places(int64_t B, int64_t tokens) const {
-    return tokens / kTokensPerPart + B * pooling.W();
+    return B == 0 ? 0 : tokens / kTokensPerPart + B * pooling.W();
   }
 
   template <class Tokens>
@@ -79,7 +107,8 @@ __device__ Part part_at(const Parts& parts, const Tokens& tokens, int64_t place)
   const int64_t w = last_that(
       parts.pooling.W(), [&](int64_t window) { return parts.first_of_window(window, n) <= place; });
   const TokenRange range = pooled_range(parts.pooling, w, n);
-  const int64_t begin = range.begin + (place - parts.first_of_window(w, n)) * kTokensPerPart;
+  const int64_t before = larger(place - parts.first_of_window(w, n), 0);
+  const int64_t begin = range.begin + before * kTokensPerPart;
   return {b, begin, smaller(begin + kTokensPerPart, range.end)};
 }
 
@@ -100,7 +129,7 @@ __global__ void __launch_bounds__(kTokenLanes* kWarpSize)
 #pragma unroll 4
     for (int64_t rank = part.begin + token_lane; rank < part.end; rank += kTokenLanes) {
       const Pack<T, kPack> pack =
-          hidden.template load_pack<kPack>(tokens.element(part.b, rank) + column);
+          hidden.template load_pack<kPack>(tokens.element({part.b, rank}) + column);
       for (int e = 0; e < kPack; ++e) mine[e] += to_accumulator(pack.values[e]);
     }
   }
@@ -166,20 +195,20 @@ __device__ Pack<T, kPack> unpool(const Input<Accumulator<T>>& grad_pooled, Pooli
   return pack;
 }
 
-// A warp a token, kTokenLanes of them a block; tokens in the order of PromptTokens::positions.
-template <class T, int kPack>
+// A warp a token, kTokenLanes of them a block.
+template <class T, int kPack, class Tokens>
 __global__ void __launch_bounds__(kTokenLanes* kWarpSize)
-    unpool_kernel(Input<Accumulator<T>> grad_pooled, PromptTokens tokens, Pooling pooling,
-                  int64_t D, Output<T> grad_hidden) {
-  const int64_t place = int64_t{blockIdx.x} * kTokenLanes + threadIdx.y;
-  if (place >= tokens.B * tokens.T) return;
-  const int64_t b = place / tokens.T, rank = place % tokens.T;
-  const int64_t n = tokens.count(b);
-  const WindowRange windows = rank < n ? windows_of(pooling, rank, n) : WindowRange{0, 0};
-  const int64_t to = tokens.element(b, rank);
+    unpool_kernel(Input<Accumulator<T>> grad_pooled, Tokens tokens, Pooling pooling, int64_t D,
+                  Output<T> grad_hidden) {
+  const int64_t i = int64_t{blockIdx.x} * kTokenLanes + threadIdx.y;
+  if (i >= tokens.total()) return;
+  const TokenName token = tokens.name(i);
+  const int64_t n = tokens.B == 0 ? 0 : tokens.count(token.b), to = tokens.element(token);
+  const bool is_prompt = token.rank >= 0 && token.rank < n;
+  const WindowRange windows = is_prompt ? windows_of(pooling, token.rank, n) : WindowRange{0, 0};
   for (int64_t column = threadIdx.x * kPack; column < D; column += kWarpSize * kPack) {
     grad_hidden.store_pack(to + column,
-                           unpool<T, kPack>(grad_pooled, pooling, windows, b, n, column, D));
+                           unpool<T, kPack>(grad_pooled, pooling, windows, token.b, n, column, D));
   }
 }
 
@@ -195,7 +224,7 @@ struct MaskScratch {
         counts(scratch.take<int32_t>(hidden.B)) {}
 };
 
-PromptTokens find_prompt_tokens(const HiddenStates& hidden, const bool* prompt_mask,
+MaskedTokens find_prompt_tokens(const HiddenStates& hidden, const bool* prompt_mask,
                                 const MaskScratch& scratch, void* stream) {
   const int64_t B = hidden.B, T = hidden.T;
   compact<int32_t, int32_t, true>({{prompt_mask, B * T}, T, T, 1}, B, scratch.positions,
@@ -203,44 +232,92 @@ PromptTokens find_prompt_tokens(const HiddenStates& hidden, const bool* prompt_m
   return {B, T, hidden.stride_B, hidden.stride_T, {scratch.positions, B * T}, {scratch.counts, B}};
 }
 
-int64_t places_of(const HiddenStates& hidden, Pooling pooling) {
-  return Parts{pooling}.places(hidden.B, hidden.B * hidden.T);
+PackedTokens packed_tokens(const PackedStates& hidden) {
+  return {hidden.B, hidden.N, hidden.stride_N, {hidden.offsets, hidden.B + 1}};
 }
 
-// Elements from the first to the last one.
-int64_t extent(const HiddenStates& hidden) {
-  if (hidden.B == 0 || hidden.T == 0) return 0;
-  return (hidden.B - 1) * hidden.stride_B + (hidden.T - 1) * hidden.stride_T + hidden.D;
+// Hidden states of any layout: `extent` elements from the first to the last one.
+struct States {
+  const void* data;
+  DType dtype;
+  int64_t D, extent;
+  Alignment alignment;
+};
+
+States states_of(const HiddenStates& hidden) {
+  const bool is_empty = hidden.B == 0 || hidden.T == 0;
+  const int64_t extent =
+      (hidden.B - 1) * hidden.stride_B + (hidden.T - 1) * hidden.stride_T + hidden.D;
+  const int64_t size = size_of(hidden.dtype);
+  Alignment alignment;
+  alignment.address(hidden.data)
+      .distance(hidden.D * size)
+      .distance(hidden.stride_B * size)
+      .distance(hidden.stride_T * size);
+  return {hidden.data, hidden.dtype, hidden.D, is_empty ? 0 : extent, alignment};
 }
 
-template <class T>
-bool fits_packs(const HiddenStates& hidden) {
-  constexpr int64_t kPack = kMaxPack<T>;
-  return hidden.D % kPack == 0 && hidden.stride_B % kPack == 0 && hidden.stride_T % kPack == 0 &&
-         is_aligned(hidden.data);
+States states_of(const PackedStates& hidden) {
+  const int64_t extent = hidden.N == 0 ? 0 : (hidden.N - 1) * hidden.stride_N + hidden.D;
+  const int64_t size = size_of(hidden.dtype);
+  Alignment alignment;
+  alignment.address(hidden.data).distance(hidden.D * size).distance(hidden.stride_N * size);
+  return {hidden.data, hidden.dtype, hidden.D, extent, alignment};
 }
 
-template <class T, int kPack>
-void run_pool(const HiddenStates& hidden, const PromptTokens& tokens, Pooling pooling, void* sums,
-              void* pooled, void* stream) {
+// As many sums as there can be parts, from where `scratch` has got to.
+void* take_sums(Scratch& scratch, DType dtype, int64_t B, int64_t tokens, int64_t D,
+                Pooling pooling) {
+  const int64_t count = Parts{pooling}.places(B, tokens) * D;
+  return dtype == DType::kFloat64 ? static_cast<void*>(scratch.take<double>(count))
+                                  : scratch.take<float>(count);
+}
+
+template <class T, int kPack, class Tokens>
+void run_pool(const States& hidden, const Tokens& tokens, Pooling pooling, void* sums, void* pooled,
+              void* stream) {
   using A = Accumulator<T>;
-  const int64_t D = hidden.D, W = pooling.W(), places = places_of(hidden, pooling);
   const Parts parts{pooling};
-  launch(sum_parts_kernel<T, kPack, PromptTokens>, dim3(places, ceil_div(D, kPack * kWarpSize)),
-         dim3(kWarpSize, kTokenLanes), stream, Input<T>(hidden.data, extent(hidden)), tokens, parts,
+  const int64_t D = hidden.D, features = tokens.B * pooling.W();
+  const int64_t places = parts.places(tokens.B, tokens.total());
+  launch(sum_parts_kernel<T, kPack, Tokens>, dim3(places, ceil_div(D, kPack * kWarpSize)),
+         dim3(kWarpSize, kTokenLanes), stream, Input<T>(hidden.data, hidden.extent), tokens, parts,
          D, InOut<A>(sums, places * D));
-  launch(finish_pool_kernel<A, PromptTokens>, dim3(hidden.B * W, ceil_div(D, kFinishThreads)),
-         kFinishThreads, stream, Input<A>(sums, places * D), tokens, parts, D,
-         Output<A>(pooled, hidden.B * W * D));
+  launch(finish_pool_kernel<A, Tokens>, dim3(features, ceil_div(D, kFinishThreads)), kFinishThreads,
+         stream, Input<A>(sums, places * D), tokens, parts, D, Output<A>(pooled, features * D));
 }
 
-template <class T, int kPack>
-void run_unpool(const HiddenStates& hidden, const PromptTokens& tokens, Pooling pooling,
+template <class Tokens>
+void pool(const States& hidden, const Tokens& tokens, Pooling pooling, void* sums, void* pooled,
+          void* stream) {
+  with_element_type(hidden.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run =
+        hidden.alignment.fits_packs() ? run_pool<T, kMaxPack<T>, Tokens> : run_pool<T, 1, Tokens>;
+    run(hidden, tokens, pooling, sums, pooled, stream);
+  });
+}
+
+template <class T, int kPack, class Tokens>
+void run_unpool(const States& hidden, const Tokens& tokens, Pooling pooling,
                 const void* grad_pooled, void* grad_hidden, void* stream) {
-  const int64_t count = hidden.B * hidden.T, D = hidden.D;
-  launch(unpool_kernel<T, kPack>, ceil_div(count, kTokenLanes), dim3(kWarpSize, kTokenLanes),
-         stream, Input<Accumulator<T>>(grad_pooled, hidden.B * pooling.W() * D), tokens, pooling, D,
-         Output<T>(grad_hidden, count * D));
+  const int64_t D = hidden.D;
+  launch(unpool_kernel<T, kPack, Tokens>, ceil_div(tokens.total(), kTokenLanes),
+         dim3(kWarpSize, kTokenLanes), stream,
+         Input<Accumulator<T>>(grad_pooled, tokens.B * pooling.W() * D), tokens, pooling, D,
+         Output<T>(grad_hidden, tokens.total() * D));
+}
+
+template <class Tokens>
+void unpool(States hidden, const Tokens& tokens, Pooling pooling, const void* grad_pooled,
+            void* grad_hidden, void* stream) {
+  hidden.alignment.address(grad_pooled).address(grad_hidden);
+  with_element_type(hidden.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto run = hidden.alignment.fits_packs() ? run_unpool<T, kMaxPack<T>, Tokens>
+                                                   : run_unpool<T, 1, Tokens>;
+    run(hidden, tokens, pooling, grad_pooled, grad_hidden, stream);
+  });
 }
 
 }  // namespace
@@ -248,21 +325,17 @@ void run_unpool(const HiddenStates& hidden, const PromptTokens& tokens, Pooling 
 int64_t router_pool_scratch(const HiddenStates& hidden, Pooling pooling) {
   Scratch scratch(nullptr);
   MaskScratch(scratch, hidden);
-  scratch.take<double>(places_of(hidden, pooling) * hidden.D);
+  take_sums(scratch, hidden.dtype, hidden.B, hidden.B * hidden.T, hidden.D, pooling);
   return scratch.bytes();
 }
 
 void router_pool(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
                  void* scratch_memory, void* pooled, void* stream) {
   Scratch scratch(scratch_memory);
-  const PromptTokens tokens =
+  const MaskedTokens tokens =
       find_prompt_tokens(hidden, prompt_mask, MaskScratch(scratch, hidden), stream);
-  with_element_type(hidden.dtype, [&](auto element) {
-    using T = decltype(element);
-    void* sums = scratch.take<double>(places_of(hidden, pooling) * hidden.D);
-    const auto run = fits_packs<T>(hidden) ? run_pool<T, kMaxPack<T>> : run_pool<T, 1>;
-    run(hidden, tokens, pooling, sums, pooled, stream);
-  });
+  void* sums = take_sums(scratch, hidden.dtype, hidden.B, hidden.B * hidden.T, hidden.D, pooling);
+  pool(states_of(hidden), tokens, pooling, sums, pooled, stream);
 }
 
 int64_t router_pool_backward_scratch(const HiddenStates& hidden) {
@@ -275,14 +348,25 @@ void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, P
                           const void* grad_pooled, void* scratch_memory, void* grad_hidden,
                           void* stream) {
   Scratch scratch(scratch_memory);
-  const PromptTokens tokens =
+  const MaskedTokens tokens =
       find_prompt_tokens(hidden, prompt_mask, MaskScratch(scratch, hidden), stream);
-  with_element_type(hidden.dtype, [&](auto element) {
-    using T = decltype(element);
-    const bool fits = fits_packs<T>(hidden) && is_aligned(grad_pooled) && is_aligned(grad_hidden);
-    const auto run = fits ? run_unpool<T, kMaxPack<T>> : run_unpool<T, 1>;
-    run(hidden, tokens, pooling, grad_pooled, grad_hidden, stream);
-  });
+  unpool(states_of(hidden), tokens, pooling, grad_pooled, grad_hidden, stream);
+}
+
+int64_t router_pool_packed_scratch(const PackedStates& hidden, Pooling pooling) {
+  Scratch scratch(nullptr);
+  take_sums(scratch, hidden.dtype, hidden.B, hidden.N, hidden.D, pooling);
+  return scratch.bytes();
+}
+
+void router_pool_packed(const PackedStates& hidden, Pooling pooling, void* scratch, void* pooled,
+                        void* stream) {
+  pool(states_of(hidden), packed_tokens(hidden), pooling, scratch, pooled, stream);
+}
+
+void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,
+                                 const void* grad_pooled, void* grad_hidden, void* stream) {
+  unpool(states_of(hidden), packed_tokens(hidden), pooling, grad_pooled, grad_hidden, stream);
 }
 
 }  // namespace firstlm::cuda
