@@ -289,6 +289,15 @@ def test_examples_of_like_length_share_a_step_whatever_the_batch_layout():
     assert means != sorted(means)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_later_phase_goes_on_in_the_order_of_the_run(grouped):
+    lengths = list(range(50, 0, -1)) if grouped else None
+    whole = list(ShuffledSteps(50, 200, 1, lengths, per_step=4))
+    for start, steps in ((0, 3), (3, 20), (23, 27)):
+        part = ShuffledSteps(50, 4 * steps, 1, lengths, per_step=4, start=4 * start)
+        assert list(part) == whole[4 * start : 4 * (start + steps)]
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_batch_and_examples(tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):

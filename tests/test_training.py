@@ -29,6 +29,7 @@ from firstlm.phases import router_phase
 from firstlm.run_folder import RunFolder
 from firstlm.train_config import DataConfig
 from firstlm.train_data import load_train_data
+from firstlm.trainer import Trainer
 from tiny_models import routed_model, tiny_base_path
 from tiny_training import COLLATOR, examples
 from train_once import datasets, run, settings
@@ -348,6 +349,31 @@ def test_controls_train_for_as_many_steps_and_carry_their_plan(
     assert len(chosen.kept) == kept
     if isinstance(plan, list):
         assert list(chosen.kept) == plan
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_controls_see_the_batch_of_the_same_step_of_the_run(grouped, base, tmp_path, monkeypatch):
+    names = {tuple(row["input_ids"]): i for i, row in enumerate(datasets()["train_dataset"])}
+    steps: list[list[int]] = []
+    original = Trainer.compute_loss
+
+    def record(trainer, model, inputs, *args, **kwargs):
+        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ids = [names[tuple(row[mask.bool()].tolist())] for row, mask in rows]
+        if trainer._micro_step == 0:
+            steps.append([])
+        steps[-1] += ids
+        return original(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", record)
+    seen = {}
+    for control in ("none", "lora_only", "static"):
+        steps.clear()
+        changes = {"control": control, "group_by_length": grouped, **SMALL}
+        run(base, str(tmp_path / control), **changes)
+        seen[control] = list(steps)
+    assert [len(step) for step in seen["none"]] == [4] * 8
+    assert seen["lora_only"] == seen["static"] == seen["none"]
 
 
 def test_the_most_kept_layers_of_a_run_make_a_static_control(whole, base, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,10 +12,11 @@ _STEPS_SORTED_TOGETHER = 16  # few enough that a step's lengths stay a fair samp
 
 
 class ShuffledSteps(Sampler[int]):
-    """Example indices of all steps: permutations of the data set, one after the other.
+    """Example indices of some steps of a run, in the one order that the run has.
 
-    The order depends on the seed alone, so 1 x 8, 8 x 1 and 2 processes x 4 see the same examples
-    in the same step, and a resumed run the same as an uninterrupted one.
+    That order is permutations of the data set, one after the other, and depends on the seed alone:
+    1 x 8, 8 x 1 and 2 processes x 4 see the same examples in the same step, a resumed run the same
+    as an uninterrupted one, and a control the same as the run of several phases beside it.
 
     Args:
         num_examples: size of the data set.
@@ -22,6 +24,7 @@ class ShuffledSteps(Sampler[int]):
         seed: any whole number.
         lengths: of the examples, in tokens; given, examples of like length share a step.
         per_step: sequences per optimizer step, over all processes; needed with lengths.
+        start: indices of the run's order that were used before, by earlier phases.
     """
 
     def __init__(
@@ -31,32 +34,32 @@ class ShuffledSteps(Sampler[int]):
         seed: int,
         lengths: Sequence[int] | None = None,
         per_step: int = 1,
+        start: int = 0,
     ) -> None:
-        self.length = length
         generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        while len(order) < length:
-            order += torch.randperm(num_examples, generator=generator).tolist()
-        self.order = order[:length]
+        endless = _permutations(num_examples, generator)
         if lengths is not None:
-            chunk = _STEPS_SORTED_TOGETHER * per_step
-            parts = [self.order[i : i + chunk] for i in range(0, length, chunk)]
-            self.order = [
-                i for part in parts for i in _by_length(part, lengths, per_step, generator)
-            ]
+            endless = _by_length(endless, lengths, per_step, generator)
+        self.order = list(itertools.islice(endless, start, start + length))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.order)
+
+
+def _permutations(num_examples: int, generator: torch.Generator) -> Iterator[int]:
+    while True:
+        yield from torch.randperm(num_examples, generator=generator).tolist()
 
 
 def _by_length(
-    part: list[int], lengths: Sequence[int], per_step: int, generator: torch.Generator
-) -> list[int]:
-    """`part` sorted by length, cut into steps, the steps in random order."""
-    ordered = sorted(part, key=lambda i: lengths[i])
-    steps = [ordered[i : i + per_step] for i in range(0, len(ordered), per_step)]
-    shuffled = torch.randperm(len(steps), generator=generator).tolist()
-    return [index for s in shuffled for index in steps[s]]
+    indices: Iterator[int], lengths: Sequence[int], per_step: int, generator: torch.Generator
+) -> Iterator[int]:
+    """`indices`, some steps at a time sorted by length, cut into steps, these in random order."""
+    while True:
+        part = list(itertools.islice(indices, _STEPS_SORTED_TOGETHER * per_step))
+        part.sort(key=lambda i: lengths[i])
+        for step in torch.randperm(_STEPS_SORTED_TOGETHER, generator=generator).tolist():
+            yield from part[step * per_step : (step + 1) * per_step]

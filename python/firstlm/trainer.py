@@ -53,6 +53,8 @@ class Trainer(transformers.Trainer):
         args: transformers' TrainingArguments; max_steps must be set. training_arguments() in
             firstlm.training makes them from a TrainConfig.
         sequence_average, group_by_length: see TrainConfig.
+        steps_before: optimizer steps of the run before this phase; the order of the data, seeded by
+            args.data_seed, goes on where they ended.
         guard: asks for a stop after the current step; train() installs signal handlers on it.
         **kwargs: transformers.Trainer's: train_dataset (rows with input_ids, labels, prompt_mask),
             data_collator, callbacks...
@@ -69,6 +71,7 @@ class Trainer(transformers.Trainer):
         *,
         sequence_average: float = 0.0,
         group_by_length: bool = False,
+        steps_before: int = 0,
         guard: InterruptGuard | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +80,7 @@ class Trainer(transformers.Trainer):
         self.phase = phase
         self.sequence_average = sequence_average
         self.group_by_length = group_by_length
+        self.steps_before = steps_before
         self.guard = guard if guard is not None else InterruptGuard()
         self.protected = model.router_config.protected
         self.stats = StepStats()
@@ -106,7 +110,8 @@ class Trainer(transformers.Trainer):
         lengths = None
         if self.group_by_length:
             lengths = [len(self.train_dataset[i]["input_ids"]) for i in range(count)]
-        return ShuffledSteps(count, per_step * self.args.max_steps, seed, lengths, per_step)
+        length, start = per_step * self.args.max_steps, per_step * self.steps_before
+        return ShuffledSteps(count, length, seed, lengths, per_step, start)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int]:
         return self._order

@@ -258,11 +258,12 @@ class _Run:
         return self._close_phase(job, phase, seconds)
 
     def _make_trainer(self, job: Job, phase: Phase, seed: int) -> Trainer:
+        steps_before = sum(j.steps for j in self.jobs[: self.jobs.index(job)])
         hooks = ProgressAndLog(
             self.folder,
             job.name,
             job.steps,
-            steps_before=sum(j.steps for j in self.jobs[: self.jobs.index(job)]),
+            steps_before=steps_before,
             show=self.config.progress and self.state.is_main_process,
             eval_every=self.config.eval_every,
             evaluate=lambda: self._evaluate(phase),
@@ -273,6 +274,7 @@ class _Run:
             training_arguments(self.config, job.settings, job.steps, self._phase_dir(job), seed),
             sequence_average=self.config.sequence_average,
             group_by_length=self.config.group_by_length,
+            steps_before=steps_before,
             guard=self.guard,
             train_dataset=self.data.train,
             data_collator=self.data.collator,
@@ -388,7 +390,7 @@ class _Run:
 def training_arguments(
     config: TrainConfig, settings: PhaseConfig, steps: int, output_dir: str, seed: int
 ) -> TrainingArguments:
-    """transformers' arguments for one phase of `config`."""
+    """transformers' arguments for one phase of `config`; `seed` is of its dropout."""
     return TrainingArguments(
         output_dir=output_dir,
         max_steps=steps,
@@ -404,7 +406,7 @@ def training_arguments(
         use_cpu=config.device == "cpu",
         **{CHECKPOINTING: config.gradient_checkpointing},
         seed=seed,
-        data_seed=seed,
+        data_seed=config.seed,  # one order for the run: controls have other phases
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # we stop instead
         save_strategy="steps",
