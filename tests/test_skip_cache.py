@@ -532,3 +532,16 @@ def test_cropping_nothing_keeps_the_plans_of_an_empty_cache():
     cache.set_plans(SkipPlan((0, 2), NUM_LAYERS), 1)
     cache.crop(0)
     assert cache.skip_plans == [SkipPlan((0, 2), NUM_LAYERS)]
+
+
+def test_storage_lies_where_the_tokens_are():
+    cache = SkipCache(tiny_config("mistral"))
+    cache.set_plans(SkipPlan((0, 2), NUM_LAYERS), 2)
+    for _ in range(20):
+        for layer in (0, 2):
+            states = tokens(2, device="meta", dtype=torch.bfloat16)
+            keys, values = cache.update(states, states, layer)
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    cache.crop(-2)
+    assert keys.device.type == values.device.type == cache.layers[2].keys.device.type == "meta"
+    assert cache.layers[2].keys.shape == (3, HEADS, 7, HEAD_DIM) and cache.get_seq_length() == 18

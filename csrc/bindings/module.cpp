@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "../bandwidth.h"
+#include "checks.h"
 #include "skip_cache.h"
 
 namespace firstlm {
@@ -42,6 +44,13 @@ py::dict memory(const SkipCacheStorage& cache) {
   bytes["allocated"] = use.allocated;
   bytes["full"] = use.full;
   return bytes;
+}
+
+uint64_t read_tensor(const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), "tensor is on ",
+                    tensor.device(), " with strides ", tensor.strides(),
+                    "; expected a contiguous one on the CPU");
+  return read_all(tensor.const_data_ptr(), static_cast<int64_t>(tensor.nbytes()), num_threads());
 }
 
 // --- Pickle and copy.deepcopy -----------------------------------------------------------------
@@ -89,6 +98,9 @@ PYBIND11_MODULE(_native, m) {
   using firstlm::SkipCacheStorage;
   namespace py = pybind11;
   py::register_local_exception_translator(firstlm::translate_torch_errors);
+
+  m.def("read_all", firstlm::read_tensor, py::call_guard<py::gil_scoped_release>(),
+        py::arg("tensor"));
 
   py::class_<SkipCacheStorage>(m, "SkipCacheStorage")
       .def(py::init<const SkipCacheStorage::Windows&>(), py::arg("windows"))

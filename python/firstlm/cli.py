@@ -1,4 +1,4 @@
-"""The `firstlm` command: train, generate, plan, info.
+"""The `firstlm` command: train, generate, plan, info, bench.
 
 Results go to stdout, everything else (progress, notes, errors) to stderr. Torch and transformers
 are imported inside the commands, so that `--help` is instant.
@@ -301,6 +301,46 @@ def info(
 
     facts = cli_info.installation() if checkpoint is None else cli_info.model(checkpoint)
     typer.echo(json.dumps(facts, indent=2) if as_json else cli_info.as_text(facts))
+
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure this machine. Run it alone: other work on the machine is noise.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(bench)
+
+
+@bench.callback()
+def bench_options() -> None: ...
+
+
+@bench.command("ops")
+@reports_errors
+def bench_ops(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there as well.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as torch uses.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn tensors.")] = 0,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Tiny tensors, to see that it runs; no figures to quote."),
+    ] = False,
+) -> None:
+    """Time every native op beside torch's own ops, with the bars that they are held to.
+
+    Example: firstlm bench ops --json ops.json
+    """
+    from firstlm import bench_ops, figures
+
+    found = bench_ops.run(bench_ops.QUICK if quick else None, threads=threads, seed=seed)
+    typer.echo(bench_ops.as_text(found))
+    if json_path is not None:
+        figures.write(json_path, found, seed=seed)
 
 
 # ---- what is printed ----

@@ -1,4 +1,4 @@
-"""The native classes, `firstlm._native`: built for one Python, beside the ops, which have none."""
+"""The native classes and functions, `firstlm._native`: built for one Python, as the ops are not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ except ImportError as error:
 
 from pathlib import Path
 
+read_all = _native.read_all
 SkipCacheStorage = _native.SkipCacheStorage
 LIBRARY = Path(_native.__file__)
 
-__all__ = ["LIBRARY", "SkipCacheStorage"]
+__all__ = ["LIBRARY", "SkipCacheStorage", "read_all"]
