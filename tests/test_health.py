@@ -95,6 +95,24 @@ def test_the_report_measures_what_it_names(report, model):
     assert report.length_correlation == pytest.approx(torch.corrcoef(kept)[0, 1].item(), abs=1e-6)
 
 
+def test_every_layer_that_is_not_decided_is_correlated_with_prompt_length(report, model):
+    """Point-biserial: difference of the mean lengths, kept and skipped, over their deviation."""
+    plans = plans_of(model, ROWS)
+    lengths = torch.tensor([float(sum(row["prompt_mask"])) for row in ROWS])
+    for layer in report.layers:
+        kept = torch.tensor([layer.layer in p.kept for p in plans])
+        if bool(kept.all()) or not bool(kept.any()):
+            assert layer.length_correlation is None
+            continue
+        share = kept.float().mean()
+        apart = lengths[kept].mean() - lengths[~kept].mean()
+        expected = apart / lengths.std(unbiased=False) * (share * (1 - share)).sqrt()
+        assert layer.length_correlation == pytest.approx(expected.item(), abs=1e-5)
+        assert f"| {layer.length_correlation:+.2f} |" in report.to_markdown()
+    assert report.layers[0].length_correlation is None  # protected
+    assert sum(layer.length_correlation is not None for layer in report.layers) > 2
+
+
 def test_distance_from_init_is_the_norm_of_what_moved(report, model):
     state = router_state_dict(model)
     total = sum(p.double().square().sum() for p in state.values()).sqrt().item()

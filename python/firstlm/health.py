@@ -31,6 +31,8 @@ class LayerHealth:
         kept: share of the prompts that keep the layer.
         keep_prob, spread: mean and standard deviation of the keep probability over prompts.
         distance: L2 distance of the router's parameters from their initial values; None if unknown.
+        length_correlation: point-biserial correlation of "kept" with the prompt's tokens; None for
+            a layer that all prompts keep or all skip.
     """
 
     layer: int
@@ -40,6 +42,7 @@ class LayerHealth:
     spread: float
     threshold: float
     distance: float | None
+    length_correlation: float | None = None
 
 
 @dataclass
@@ -59,7 +62,8 @@ class HealthReport:
         skip_rate_asked, skip_rate: asked, and achieved on these prompts.
         distinct_plans: of `prompts`.
         adaptive_layers: layers kept for 5-95 % of the prompts.
-        length_correlation: Pearson, kept layers against prompt tokens; None if one is constant.
+        length_correlation: Pearson, number of kept layers against prompt tokens; None if one is
+            constant.
         cross_entropy: with hard gates, as generation runs.
         cross_entropy_soft: with the gates' expected values; soft_hard_gap is hard minus soft.
         cross_entropy_full: no layer skipped.
@@ -137,14 +141,15 @@ class HealthReport:
                 f"| {name} | {t.prompts} | {t.skip_rate:.1%} | {t.cross_entropy:.4f} |"
                 for name, t in self.tasks.items()
             ]
-        lines += ["", "| layer | kept | keep prob. | spread | threshold | distance |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["", "| layer | kept | keep prob. | spread | threshold | distance | r(length) |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for layer in self.layers:
             name = f"{layer.layer} (protected)" if layer.protected else str(layer.layer)
             moved = "-" if layer.distance is None else f"{layer.distance:.3f}"
+            along = layer.length_correlation
             lines.append(
                 f"| {name} | {layer.kept:.1%} | {layer.keep_prob:.3f} | {layer.spread:.3f} "
-                f"| {layer.threshold:.3f} | {moved} |"
+                f"| {layer.threshold:.3f} | {moved} | {'-' if along is None else f'{along:+.2f}'} |"
             )
         lines += [""] + [f"- {warning}" for warning in self.warnings()]
         return "\n".join(lines).rstrip() + "\n"
@@ -186,7 +191,7 @@ def router_health(
     kept = mask.double().mean(0)  # [L]
     static = torch.tensor(most_kept_plan(kept.tolist(), hard.skip_rate, protected))
     most_kept = run(keep_mask=static)
-    lengths = torch.tensor([sum(examples[i]["prompt_mask"]) for i in range(len(examples))])
+    lengths = torch.tensor([sum(examples[i]["prompt_mask"]) for i in range(len(examples))]).double()
     distances = _distances(model, initial)
     layers = [
         LayerHealth(
@@ -197,6 +202,7 @@ def router_health(
             spread=hard.keep_prob[:, i].double().std(unbiased=False).item(),
             threshold=float(model.router_config.thresholds[i]),
             distance=None if distances is None else distances[i],
+            length_correlation=_pearson(mask[:, i].double(), lengths),
         )
         for i in range(mask.shape[1])
     ]
@@ -206,7 +212,7 @@ def router_health(
         skip_rate=hard.skip_rate,
         distinct_plans=hard.distinct_plans,
         adaptive_layers=sum(_ADAPTIVE[0] <= layer.kept <= _ADAPTIVE[1] for layer in layers),
-        length_correlation=_pearson(mask.sum(1).double(), lengths.double()),
+        length_correlation=_pearson(mask.sum(1).double(), lengths),
         cross_entropy=hard.cross_entropy,
         cross_entropy_soft=soft.cross_entropy,
         soft_hard_gap=hard.cross_entropy - soft.cross_entropy,
