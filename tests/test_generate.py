@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import (
@@ -12,8 +15,17 @@ from transformers import (
     TextStreamer,
 )
 
+import firstlm
 from firstlm import RouterConfig, SkipCache, SkipPlan
-from tiny_models import NUM_LAYERS, assert_adaptive, base_model, pad, prompts, routed_model
+from tiny_models import (
+    NUM_LAYERS,
+    assert_adaptive,
+    base_model,
+    pad,
+    prompts,
+    routed_model,
+    tiny_base_path,
+)
 
 LENGTHS = [13, 5, 9, 11]
 LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10, "return_dict_in_generate": True}
@@ -315,3 +327,23 @@ def test_all_skipped_never_happens_without_protected_layers():
     model = routed_model("llama", router=RouterConfig(protected=[], keep_bias=-9.0), draw=False)
     out = model.generate(**pad(prompts(LENGTHS)), **LENGTH)
     assert {plan.kept for plan in out.skip_plans} == {(NUM_LAYERS - 1,)}
+
+
+def test_a_base_that_caches_nothing_by_default_still_generates(tmp_path):
+    shutil.copytree(tiny_base_path("llama"), tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_cache": False}))
+    base = firstlm.from_pretrained(tmp_path / "base")
+    ids = prompts([5])[0][None]
+    usual = firstlm.from_pretrained(tiny_base_path("llama"))
+    expected = usual.generate(ids, max_new_tokens=3)
+    assert torch.equal(base.generate(ids, max_new_tokens=3), expected)
+    config = GenerationConfig(max_new_tokens=3)
+    assert torch.equal(base.generate(ids, generation_config=config), expected)
+    for explicit in (
+        {"use_cache": False},
+        {"generation_config": GenerationConfig(use_cache=False)},
+    ):
+        with pytest.raises(ValueError, match="use_cache=False"):
+            base.generate(ids, **explicit)

@@ -150,8 +150,10 @@ def _load_base(
     )
     check_routable(model)
     if model.generation_config is not None:
-        # Some hub models ask for a static cache by default; ours takes its place.
+        # Some hub models ask for a static cache, or for none, by default; ours takes their place.
         model.generation_config.cache_implementation = None
+        if model.generation_config.use_cache is False:
+            model.generation_config.use_cache = True
     return model
 
 
