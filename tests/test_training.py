@@ -508,5 +508,17 @@ def test_files_and_folders_are_whole_or_absent(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "f"]
 
 
+def test_what_a_killed_publisher_left_goes_with_the_next_one(tmp_path):
+    for name in (".f.old.1", ".f.old.2", ".g.old.3"):
+        (tmp_path / name / name[1]).mkdir(parents=True)
+    with staged_folder(tmp_path / "f") as staging:
+        (staging / "x").write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".g.old.3", "f"]
+    (tmp_path / ".f.old.4").mkdir()
+    with staged_folder(tmp_path / "f") as staging:
+        (staging / "x").write_text("newer")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".g.old.3", "f"]
+
+
 def test_settings_of_the_tests_are_valid(base):
     firstlm.TrainConfig.from_dict(settings(base, "x")).validate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ def publish_folder(staging: str | os.PathLike[str], final: str | os.PathLike[str
     """Moves a finished folder to its final name, replacing what was there.
 
     Both must lie on one file system. A kill leaves the old folder, the new one, or neither, and
-    never a mixture of the two.
+    never a mixture of the two; what it left of the old one goes when the folder is next published.
     """
     staging, final = Path(staging), Path(final)
     for folder, _, names in os.walk(staging):
@@ -49,10 +50,9 @@ def publish_folder(staging: str | os.PathLike[str], final: str | os.PathLike[str
     if final.exists():
         old = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.old."))
         os.replace(final, old / final.name)
-        os.replace(staging, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(staging, final)
+    os.replace(staging, final)
+    for left in final.parent.glob(f".{glob.escape(final.name)}.old.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
