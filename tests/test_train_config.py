@@ -112,6 +112,7 @@ def test_all_complaints_come_in_one_message():
         {"router": {"windows": 4}},
         {"warmup": {"epochs": 0.0}},
         {"routers": {"steps": 0}},
+        {"routers": {"hold": "per_layer", "skip_rate_start": 0.1}},
         {"warmup": {"drop_temperature": 0.0}},
         {"calibrate_rates": [0.3, 1.0]},
         {"plan_search_examples": 0},

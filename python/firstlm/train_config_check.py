@@ -115,6 +115,12 @@ def _about_routers(c: TrainConfig) -> Iterator[str]:
     yield from _positive("routers.multiplier_lr", routers.multiplier_lr, 0)
     yield from _positive("routers.lambda_norm", routers.lambda_norm, 0)
     yield from _positive("routers.hold_window", routers.hold_window, 8)
+    if routers.hold == "per_layer" and routers.skip_rate_start not in (None, c.skip_rate):
+        yield (
+            "routers.hold=per_layer holds every layer's share of skip_rate from the first step on, "
+            f"which routers.skip_rate_start={routers.skip_rate_start} contradicts: set "
+            "routers.hold=shared, or leave routers.skip_rate_start unset"
+        )
     bounds = routers.alpha_range
     if len(bounds) != 2 or not bounds[0] <= routers.alpha <= bounds[1]:
         yield (
