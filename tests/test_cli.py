@@ -215,6 +215,69 @@ def test_malformed_jsonl_names_its_line(command, tmp_path: Path, checkpoint: Pat
         assert result.code == 1 and message in result.err
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('{"prompt": 3}', "line 2 of"),
+        ('{"prompt": {"text": "a"}}', "line 2 of"),
+        ('{"messages": "a", "prompt": ["a"]}', "neither text nor a list"),
+        ('{"messages": [{"role": "user"}]}', "neither text nor a list"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2 of"),
+    ],
+)
+def test_prompts_that_are_neither_text_nor_chat_name_their_line(
+    command, tmp_path: Path, checkpoint: Path, second: str, message: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n' + second)
+    result = command("generate", "-c", checkpoint, "--file", file)
+    assert result.code == 1 and message in result.err and result.err.count("\n") == 1
+
+
+def test_tokens_are_counted_up_to_any_end_of_the_generation_config(
+    command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = cli_input.load
+    ids: list[int] = []
+
+    def with_ends(*arguments):
+        model, tokenizer = original(*arguments)
+        generated = model.generate
+
+        def generate(**kwargs):
+            output = generated(**kwargs)
+            ids[:] = output.sequences[0, kwargs["input_ids"].shape[1] :].tolist()
+            return output
+
+        model.generate = generate
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+        return model, tokenizer
+
+    ends: list[int] = []
+    monkeypatch.setattr(cli_input, "load", with_ends)
+    options = ("generate", "-c", checkpoint, "-n", 6, "--json", "--file")
+    file = checkpoint.parent / "two.jsonl"
+    file.write_text('{"prompt": "hello"}\n{"prompt": "another"}\n')
+    command(*options, file)
+    ends.append(ids[2])
+    rows = [json.loads(line) for line in command(*options, file).out.splitlines()]
+    assert rows[0]["tokens"] == ids.index(ends[0]) + 1 <= 3
+
+
+def test_settings_may_be_flags(command) -> None:
+    flags = ("--lora.steps", 7, "--skip_rate=0.3", "seed=5", "--router.protected", "[0, -1]")
+    config = json.loads(command("train", *flags, "--print-config", "--json", "--lora.lr=1e-4").out)
+    assert config["lora"]["steps"] == 7 and config["skip_rate"] == 0.3 and config["seed"] == 5
+    assert config["router"]["protected"] == [0, -1] and config["lora"]["lr"] == 1e-4
+    near = command("train", "--lora.step", 7)
+    assert near.code == 1 and "did you mean 'lora.steps'" in near.err
+    assert command("train", "--seed", -1).code == 1  # a negative number is a value
+    for arguments in (["--lora.steps"], ["--lora.steps", "--seed=1"]):
+        result = command("train", *arguments)
+        assert result.code == 2 and "needs a value" in result.err
+    assert "--NAME VALUE" in command("train", "--help").out
+
+
 def test_train_prints_settings_and_config_without_training(command) -> None:
     settings = json.loads(command("train", "--settings", "--json").out)
     assert {"skip_rate", "lora.steps"} <= {setting["name"] for setting in settings}

@@ -107,14 +107,16 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@app.command()
+# Settings as flags are options that only TrainConfig knows: click hands them over with the rest.
+@app.command(context_settings={"ignore_unknown_options": True})
 @reports_errors
 def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]...",
-            help="Settings that replace those of the file, as lora.steps=100; see --settings.",
+            metavar="[NAME=VALUE | --NAME VALUE]...",
+            help="Settings that replace those of the file, as lora.steps=100, --lora.steps 100 or "
+            "--lora.steps=100; see --settings.",
         ),
     ] = None,
     config: Annotated[
@@ -141,13 +143,15 @@ def train(
     if settings:
         _print_settings(as_json)
         return
-    values = list(overrides or [])
+    values = cli_input.settings_of(overrides or [])
     if config is not None:
         chosen = TrainConfig.from_yaml(config, values)
     elif values or print_config:
         chosen = TrainConfig.from_dict({}, values)
     else:
-        raise typer.BadParameter("give --config FILE, or settings as NAME=VALUE; see --settings")
+        raise typer.BadParameter(
+            "give --config FILE, or settings as NAME=VALUE or --NAME VALUE; see --settings"
+        )
     chosen.validate()
     if print_config:
         import yaml
@@ -228,11 +232,11 @@ def generate(
         )  # fmt: skip
         new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        end = tokenizer.eos_token_id
+        ends = cli_input.end_tokens(model, tokenizer)
         for row, text in enumerate(texts):
             plan, ids = output.skip_plans[row], new_tokens[row].tolist()
             if as_json:
-                tokens = ids.index(end) + 1 if end in ids else len(ids)
+                tokens = next((n for n, i in enumerate(ids, start=1) if i in ends), len(ids))
                 fields = {"prompt": rows[row], "text": text, "tokens": tokens}
                 typer.echo(json.dumps(fields | cli_input.plan_fields(plan, output.keep_prob[row])))
                 continue

@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     pass
 
 
+def settings_of(arguments: list[str]) -> list[str]:
+    """NAME=VALUE of every setting, from NAME=VALUE, --NAME=VALUE and --NAME VALUE."""
+    found = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("--") and "=" not in argument:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise typer.BadParameter(f"{argument} needs a value, as {argument} VALUE")
+            argument = f"{argument}={value}"
+        found.append(argument.removeprefix("--"))
+    return found
+
+
 def read_prompts(given: list[str], file: str | None) -> list[Any]:
     """Texts or chats, from the command line, a JSONL file, or stdin."""
     if file is not None:
@@ -46,8 +60,13 @@ def read_jsonl(file: str) -> Iterator[Any]:
                 raise ValueError(
                     f'line {number} of {file} is not {{"prompt": text}} or {{"messages": [...]}}'
                 ) from None
+            if prompt and not isinstance(prompt, str) and not _is_chat(prompt):
+                raise ValueError(
+                    f"line {number} of {file} holds a prompt that is neither text nor a list of "
+                    '{"role": text, "content": text}'
+                )
             # A chat of a training file ends with the answer; the question is what comes before.
-            if isinstance(prompt, list) and prompt and prompt[-1].get("role") == "assistant":
+            if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
             if not prompt:
                 raise ValueError(f"line {number} of {file} holds an empty prompt")
@@ -55,6 +74,22 @@ def read_jsonl(file: str) -> Iterator[Any]:
             yield prompt
         if count == 0:
             raise ValueError(f"{file} holds no prompts")
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in prompt
+    )
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """The tokens after which `generate` stops."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set(ends) if isinstance(ends, list) else {ends}
 
 
 def batches(prompts: list[Any], batch_size: int) -> Iterator[list[Any]]:
