@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -125,6 +126,23 @@ def test_routers_of_another_base_are_refused(tmp_path):
     routed_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="were made for"):
         firstlm.from_pretrained(tiny_base_path("qwen3"), router=tmp_path)
+
+
+def test_fresh_routers_in_place_of_trained_ones_are_warned_of(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"fresh ones take.*prefill='full' \(theirs: 'route'\)"):
+        firstlm.from_pretrained(tmp_path, router=RouterConfig(prefill="full", protected=[0]))
+
+
+def test_another_prefill_than_the_routers_were_trained_with_is_warned_of(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path)
+    model = firstlm.from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.plan(**pad(prompts(LENGTHS)))
+    model.router_config.prefill = "full"
+    with pytest.warns(UserWarning, match="trained with prefill='route'; under prefill='full'"):
+        model.plan(**pad(prompts(LENGTHS)))
 
 
 def test_folders_that_are_no_checkpoints_are_refused(tmp_path):

@@ -160,6 +160,17 @@ def test_training_continues_from_a_checkpoint_of_either_phase(way, start, whole,
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
 
 
+def test_router_settings_that_a_checkpoint_has_decided_are_named(whole, base, tmp_path):
+    changes = {"phases": ["lora"], **SMALL, "checkpoint": str(whole.checkpoint)}
+    changes["router"] = {"protected": [-6, -1], "pooling": "last", "keep_bias": 3.0}
+    with pytest.warns(UserWarning, match="settings win") as caught:
+        run(base, str(tmp_path / "run"), **changes)
+    text = next(str(w.message) for w in caught if "settings win" in str(w.message))
+    assert "router.pooling='last' (theirs: 'mean')" in text
+    assert "router.protected=[0, 5] (theirs: [0])" in text and "router.keep_bias=3.0" in text
+    assert "prefill" not in text
+
+
 def test_layers_that_hold_their_share_in_phase_1_hold_the_asked_rate_together():
     config = firstlm.TrainConfig.from_dict({"skip_rate": 0.3, "routers": {"hold": "per_layer"}})
     model = routed_model("llama", router=firstlm.RouterConfig(protected=[0, -1]), draw=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from firstlm import attention_interface, checkpoint, embedded_model
 from firstlm.routed_model import find_decoder_layers, routed_model_class
-from firstlm.router import RouterConfig
+from firstlm.router import RouterConfig, differences
 from firstlm.skip_cache import sliding_windows
 
 
@@ -57,6 +58,8 @@ def from_pretrained(
     if folder is not None:
         if not Path(base).exists():
             kwargs.pop("revision", None)  # was the checkpoint's
+        if isinstance(router, RouterConfig):
+            _warn_of_fresh_routers(router, base, folder)
         base, revision = _base_of(folder)
         if revision is not None and not Path(base).exists():  # of a hub, where branches move on
             kwargs.setdefault("revision", revision)
@@ -89,6 +92,7 @@ def from_pretrained(
     )
     if routers is not None:
         checkpoint.load_routers(model, routers)
+        model.trained_prefill = config.prefill
     check_layers_are_told(model)
     if adapter:
         _attach_adapter(model, str(adapter), merge_adapter)
@@ -107,6 +111,18 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
             f"router={str(folder)!r}, adapter={str(folder / checkpoint.ADAPTER_FOLDER)!r})"
         )
     return config.base_model_name_or_path, config.base_revision
+
+
+def _warn_of_fresh_routers(
+    router: RouterConfig, base: str | os.PathLike[str], folder: Path
+) -> None:
+    changed = differences(router, checkpoint.read_router_config(folder))
+    warnings.warn(
+        f"{base} has trained routers, but router=RouterConfig(...) was given, so fresh ones take "
+        f"their place{': ' if changed else ''}{', '.join(changed)}. Leave router unset to load the "
+        "trained ones",
+        stacklevel=3,
+    )
 
 
 def _absolute(base: str | os.PathLike[str]) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,12 @@ class RoutedModel:
         router_config: resolved `RouterConfig`.
         decoder_layers: the base's `ModuleList`; each layer has a `router`.
         merged_adapter: the adapter that `from_pretrained` merged into the base's weights, if any.
+        trained_prefill: `prefill` of the checkpoint that the routers came from, if any.
     """
 
     router_config: RouterConfig
     merged_adapter: str | None = None
+    trained_prefill: str | None = None
 
     # -- construction -----------------------------------------------------------------------------
     def attach_routers(self, config: RouterConfig) -> None:
@@ -148,6 +151,12 @@ class RoutedModel:
         if prompt_mask is None and not follows_cache:
             prompt_mask = default_prompt_mask(tokens, attention_mask, labels)
         config = self.router_config
+        if self.trained_prefill not in (None, config.prefill) and gate is None:
+            warnings.warn(
+                f"the routers were trained with prefill={self.trained_prefill!r}; under prefill="
+                f"{config.prefill!r} they read other states, and their thresholds may not hold",
+                stacklevel=2,
+            )
         routing = Routing(
             num_layers,
             prompt_mask,

@@ -188,6 +188,26 @@ class RouterConfig:
         return cls.from_dict(values)
 
 
+def differences(asked: RouterConfig, own: RouterConfig) -> list[str]:
+    """What `asked` wants otherwise than trained routers are: "prefill='full' (theirs: 'route')".
+
+    Args:
+        asked: maybe not resolved.
+        own: of a checkpoint. Biases and thresholds, which training changes, are not looked at.
+    """
+    names = ["pooling", "windows", "head", "normalize", "prefill", "protected"]
+    if asked.head == own.head == "mlp":
+        names.append("bottleneck")
+    if own.num_layers is not None:
+        protected = sorted({layer % own.num_layers for layer in asked.protected})
+        asked = dataclasses.replace(asked, protected=protected)
+    return [
+        f"{name}={getattr(asked, name)!r} (theirs: {getattr(own, name)!r})"
+        for name in names
+        if getattr(asked, name) != getattr(own, name)
+    ]
+
+
 class Router(nn.Module):
     """The router of one layer. Its parameters are plain float32 `nn.Parameter`s.
 

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,11 @@ from firstlm.health import HealthReport, router_health
 from firstlm.interrupt import InterruptGuard, TrainingInterrupted
 from firstlm.phase_start import Job, PhaseStarts, make_jobs, phase_names
 from firstlm.phases import Phase
-from firstlm.router import RouterConfig
+from firstlm.router import RouterConfig, differences
 from firstlm.run_folder import RunFolder
 from firstlm.scoring import score
 from firstlm.tokenizer import load_tokenizer
-from firstlm.train_config import PhaseConfig, TrainConfig
+from firstlm.train_config import PhaseConfig, RouterSettings, TrainConfig
 from firstlm.train_data import TrainData, hashes_of, load_train_data
 from firstlm.train_progress import ProgressAndLog
 from firstlm.trainer import Trainer
@@ -195,19 +196,35 @@ class _Run:
         options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
         if config.attn_implementation is not None:
             options["attn_implementation"] = config.attn_implementation
-        if config.checkpoint is not None:
-            model = loading.from_pretrained(config.checkpoint, **options)
-        else:
-            values = dataclasses.asdict(config.router)
-            values.pop("keep_bias_spread")
-            if not isinstance(values["keep_bias"], float):
-                values["keep_bias"] = 0.0  # set once importance is measured
-            # A firstlm checkpoint as base brings its own routers.
-            own = loading.checkpoint.is_checkpoint(config.base)
-            router = None if own else RouterConfig(**values)
-            model = loading.from_pretrained(config.base, router=router, **options)
+        values = dataclasses.asdict(config.router)
+        values.pop("keep_bias_spread")
+        if not isinstance(values["keep_bias"], float):
+            values["keep_bias"] = 0.0  # set once importance is measured
+        router = RouterConfig(**values)
+        source = config.checkpoint or config.base
+        # A firstlm checkpoint, as base too, brings its own routers.
+        own = loading.checkpoint.is_checkpoint(source)
+        model = loading.from_pretrained(source, router=None if own else router, **options)
+        if own:
+            self._warn_of_settings_without_effect(model, source, router)
         device = config.device or str(self.state.device)
         return model.to(device)
+
+    def _warn_of_settings_without_effect(
+        self, model: Any, source: str, router: RouterConfig
+    ) -> None:
+        """Of the routers' settings, those that a checkpoint has decided already."""
+        ignored = [f"router.{d}" for d in differences(router, model.router_config)]
+        if self.config.router.keep_bias != RouterSettings().keep_bias:
+            ignored.append(
+                f"router.keep_bias={self.config.router.keep_bias!r} (theirs: as trained)"
+            )
+        if ignored and self.state.is_main_process:
+            warnings.warn(
+                f"{source} brings its own routers, whose settings win; without effect: "
+                + ", ".join(ignored),
+                stacklevel=2,
+            )
 
     def _load_data(self) -> TrainData:
         tokens_given = len(self.given) == 3 and all(
