@@ -11,7 +11,13 @@ import torch
 from firstlm import bandwidth, bench_ops, cli, figures
 from firstlm.native import read_all
 
-OPS = {"router scoring", "kv_append", "decode_attention", "gather_rows + scatter_rows_"}
+OPS_WITH_BARS = {
+    "router scoring",
+    "router scoring, packed",
+    "kv_append",
+    "decode_attention",
+    "gather_rows + scatter_rows_",
+}
 
 
 def test_the_command_prints_and_writes_every_contest(tmp_path, monkeypatch, capsys):
@@ -27,13 +33,13 @@ def test_the_command_prints_and_writes_every_contest(tmp_path, monkeypatch, caps
     found = figures.read(path)
     assert found["seed"] == 3 and found["threads"] == 1
     assert found["read_gb_per_s"]["median"] > 0
-    assert {row["op"] for row in found["contests"]} == OPS
+    assert {row["op"] for row in found["contests"]} == OPS_WITH_BARS | {"plan_rows"}
     for row in found["contests"]:
         assert f"{row['op']}  {row['case']}" in out
         assert row["best_torch"] in row["us"] and row["best_torch"] != "firstlm"
         assert {"median", "p10", "p90", "n"} == row["us"]["firstlm"].keys()
         assert row["bytes"] > 0 and row["speedup"] > 0 and row["bandwidth_share"] > 0
-        assert row["bars"], "every op is held to a bar"
+        assert bool(row["bars"]) == (row["op"] in OPS_WITH_BARS)
         for bar in row["bars"]:
             good = bar["value"] >= bar["limit"] if bar["at_least"] else bar["value"] <= bar["limit"]
             assert bar["met"] == good
@@ -49,9 +55,10 @@ def close(actual, expected, dtype):
     "make",
     [
         lambda dtype, effort: bench_ops.router_contest(2, 9, 8, dtype, effort),
+        lambda dtype, effort: bench_ops.packed_contest(3, 9, 8, dtype, effort),
         lambda dtype, effort: bench_ops.attention_contest(2, 4, 2, 11, 8, dtype, effort),
     ],
-    ids=["router", "attention"],
+    ids=["router", "packed", "attention"],
 )
 def test_the_arms_of_a_contest_compute_the_same(make, dtype, monkeypatch):
     # One buffer, so that all arms read the same one.

@@ -208,6 +208,7 @@ def contests(effort: Effort) -> Iterator[Contest]:
     for dtype in (torch.float32, torch.bfloat16):
         for B, T, D in ((1, 512, 576), (8, 512, 576), (4, 2048, 2048)):
             yield router_contest(B, max(T // effort.scale, 2), D, dtype, effort)
+        yield packed_contest(8, max(512 // effort.scale, 2), 576, dtype, effort)
     for dtype in (torch.float32, torch.bfloat16):
         for R, T in ((1, 1), (8, 1), (1, 512), (8, 512)):
             yield kv_append_contest(R, max(T // effort.scale, 1), dtype, effort)
@@ -216,10 +217,16 @@ def contests(effort: Effort) -> Iterator[Contest]:
             yield attention_contest(1, Hq, H, max(4096 // effort.scale, 2), D, dtype, effort)
     for B, T in ((2, 1), (8, 1), (8, 128)):
         yield rows_contest(B, max(T // effort.scale, 1), effort)
+    yield plan_contest(8, 30)
 
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+_READ_BAR = Bar(
+    "times as long as reading its input", 1.3, lambda us, _: us[OURS] / us["reading the input"]
+)
 
 
 def router_contest(B: int, T: int, D: int, dtype: torch.dtype, effort: Effort) -> Contest:
@@ -249,13 +256,39 @@ def router_contest(B: int, T: int, D: int, dtype: torch.dtype, effort: Effort) -
         nbytes=hidden.nbytes,
         arms={OURS: ours, "bmm, linear": by_product, "mul, sum, linear": by_sum},
         yardsticks={"reading the input": lambda: read_all(next(states))},
-        bars=[
-            Bar(
-                "times as long as reading its input",
-                1.3,
-                lambda us, _: us[OURS] / us["reading the input"],
-            )
-        ],
+        bars=[_READ_BAR],
+    )
+
+
+def packed_contest(B: int, T: int, D: int, dtype: torch.dtype, effort: Effort) -> Contest:
+    """Mean and linear head of B prompts of 1 to T tokens, one after the other in [N, D]."""
+    lengths = torch.linspace(1, T, B).round().long()
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    N = int(offsets[-1])
+    hidden = torch.empty(N, D, dtype=dtype)
+    states = rotating(lambda: torch.randn(N, D).to(dtype), hidden.nbytes, effort.cold_bytes)
+    weight, bias = torch.randn(1, D), torch.zeros(1)
+    sizes = lengths.tolist()
+
+    def ours() -> Tensor:
+        return ops.router_head(ops.router_pool_packed(next(states), offsets), weight, bias)
+
+    def one_by_one() -> Tensor:
+        prompts = next(states).split(sizes)
+        pooled = torch.stack([prompt.mean(0, dtype=torch.float32) for prompt in prompts])
+        return torch.nn.functional.linear(pooled, weight, bias)
+
+    def by_segments() -> Tensor:
+        pooled = torch.segment_reduce(next(states).float(), "mean", lengths=lengths, unsafe=True)
+        return torch.nn.functional.linear(pooled, weight, bias)
+
+    return Contest(
+        op="router scoring, packed",
+        case=f"B {B}, N {N}, D {D}, {_dtype(dtype)}, cold",
+        nbytes=hidden.nbytes,
+        arms={OURS: ours, "mean a prompt, linear": one_by_one, "segment_reduce": by_segments},
+        yardsticks={"reading the input": lambda: read_all(next(states))},
+        bars=[_READ_BAR],
     )
 
 
@@ -397,6 +430,21 @@ def rows_contest(B: int, T: int, effort: Effort) -> Contest:
         arms={OURS: ours, "index_select, index_copy_": by_index},
         yardsticks={"the layer": lambda: layer(output, position_embeddings=rotary)},
         bars=[Bar("share of the layer's time", 0.03, lambda us, _: us[OURS] / us["the layer"])],
+    )
+
+
+def plan_contest(B: int, L: int) -> Contest:
+    """The rows that keep each layer, once a request."""
+    keep = torch.rand(B, L) < 0.7
+
+    def by_layer() -> list[Tensor]:
+        return [keep[:, layer].nonzero() for layer in range(L)]
+
+    return Contest(
+        op="plan_rows",
+        case=f"B {B}, L {L}, warm",
+        nbytes=B * L * (1 + 8),
+        arms={OURS: lambda: ops.plan_rows(keep), "nonzero a layer": by_layer},
     )
 
 
