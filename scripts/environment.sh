@@ -18,6 +18,15 @@ fail() {
   exit 1
 }
 
+# apt_install PACKAGE...: for tests; needs root, and says what to install where that is missing.
+apt_install() {
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    fail "$* was not found; on Debian and Ubuntu: sudo apt-get install $*"
+  fi
+  say "Installing $*"
+  apt-get install -y "$@" || { apt-get update && apt-get install -y "$@"; }
+}
+
 find_python() {
   local name
   for name in python3 python3.14 python3.13 python3.12 python3.11; do

@@ -13,18 +13,8 @@ has_catch2() {
   return 1
 }
 
-install_catch2() {
-  has_catch2 && return
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    say "Installing Catch2"
-    apt-get install -y catch2 || { apt-get update && apt-get install -y catch2; }
-  else
-    fail "Catch2 was not found; on Debian and Ubuntu: sudo apt-get install catch2"
-  fi
-}
-
 firstlm_environment test
-install_catch2
+has_catch2 || apt_install catch2
 
 say "Catch2: the core, on every instruction set of this machine"
 cmake -S . -B build/tests -G Ninja -DFIRSTLM_BUILD_BINDINGS=OFF -DFIRSTLM_BUILD_TESTS=ON

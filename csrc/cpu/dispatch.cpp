@@ -1,3 +1,7 @@
+#ifdef FIRSTLM_ARM
+#include <sys/auxv.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -9,6 +13,9 @@ extern const Kernels kernels_portable;
 #ifdef FIRSTLM_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+#endif
+#ifdef FIRSTLM_ARM
+extern const Kernels kernels_neon;
 #endif
 
 const std::vector<const Kernels*>& available_kernels() {
@@ -24,6 +31,11 @@ const std::vector<const Kernels*>& available_kernels() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(&kernels_avx512);
     }
+#endif
+#ifdef FIRSTLM_ARM
+    // Every Armv8 has NEON; its dot products of bytes came with 8.2, and Linux tells.
+    constexpr unsigned long kHasDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+    if (getauxval(AT_HWCAP) & kHasDotProduct) found.push_back(&kernels_neon);
 #endif
     return found;
   }();

@@ -121,6 +121,50 @@ TEST_CASE("pooled features are the weighted sums of the prompt's tokens") {
   }
 }
 
+// The prompt tokens of a case, one sequence after the other.
+struct Packed {
+  std::vector<float> hidden;     // [N, D]
+  std::vector<int64_t> offsets;  // [B + 1]
+  int64_t D;
+
+  explicit Packed(const Case& c) : offsets{0}, D(c.D) {
+    for (int64_t b = 0; b < c.B; ++b) {
+      for (int64_t t = 0; t < c.T; ++t) {
+        const auto token = c.hidden.begin() + (b * c.T + t) * D;
+        if (c.mask[b * c.T + t]) hidden.insert(hidden.end(), token, token + D);
+      }
+      offsets.push_back(static_cast<int64_t>(hidden.size()) / D);
+    }
+  }
+
+  PackedStates states() const {
+    const auto B = static_cast<int64_t>(offsets.size()) - 1;
+    return {hidden.data(), DType::kFloat32, offsets.back(), D, B, D, offsets.data()};
+  }
+};
+
+TEST_CASE("packed prompts give the bits of padded ones, forward and backward") {
+  for (const Case& c : cases()) {
+    const Packed packed(c);
+    for (const Pooling pooling : kPoolings) {
+      INFO("B " << c.B << ", T " << c.T << ", D " << c.D << ", W " << pooling.W());
+      std::vector<float> pooled(c.B * c.F(pooling)), padded = pooled;
+      router_pool_packed(kernels(), packed.states(), pooling, 2, pooled.data());
+      router_pool(kernels(), c.states(), c.mask_data(), pooling, 2, padded.data());
+      CHECK(pooled == padded);
+
+      const Case g = random_case(c.B, 1, c.F(pooling), 1, 11);
+      std::vector<float> grad(packed.hidden.size(), NAN), padded_grad(c.hidden.size());
+      router_pool_packed_backward(packed.states(), pooling, g.hidden.data(), 2, grad.data());
+      router_pool_backward(c.states(), c.mask_data(), pooling, g.hidden.data(), 2,
+                           padded_grad.data());
+      Case of_grad = c;
+      of_grad.hidden = padded_grad;
+      CHECK(grad == Packed(of_grad).hidden);
+    }
+  }
+}
+
 TEST_CASE("the backward pass is the adjoint: <pool(x), g> = <x, backward(g)>") {
   for (const Case& c : cases()) {
     for (const Pooling pooling : kPoolings) {
