@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/kernels.h"
+
 namespace firstlm {
 
 // The keys or the values of one append. Element types do not matter, their size does.
@@ -22,6 +24,7 @@ int64_t find_misfit(const int64_t* start, int64_t R, int64_t C, int64_t T);
 
 // Copies token t of row r to slot start[r] + t, keys and values alike (their D may differ). Every
 // row must fit.
-void kv_append(const NewTokens& keys, const NewTokens& values, const int64_t* start, int threads);
+void kv_append(const Kernels& kernels, const NewTokens& keys, const NewTokens& values,
+               const int64_t* start, int threads);
 
 }  // namespace firstlm

@@ -18,7 +18,11 @@ inline int threads_for(int64_t bytes, int max_threads) {
 // runs serially.
 template <class Body>
 void parallel_for(int64_t count, int threads, const Body& body) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
+  if (threads <= 1 || count <= 1) {  // even a team of one has its price
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) body(i);
 }
 

@@ -27,7 +27,7 @@ void kv_append_cpu(const Tensor& keys, const Tensor& values, const Tensor& new_k
   TORCH_CHECK_INDEX(misfit == R, "start of row ", misfit, " is ", first[misfit], "; expected [0, ",
                     C - T, "], so that ", T, " tokens fit in ", C, " slots");
   const Tensor k = with_dense_elements(new_keys), v = with_dense_elements(new_values);
-  kv_append(new_tokens(keys, k), new_tokens(values, v), first, num_threads());
+  kv_append(kernels(), new_tokens(keys, k), new_tokens(values, v), first, num_threads());
 }
 
 // --- Composite ------------------------------------------------------------------------------

@@ -9,9 +9,9 @@
 template <class Vec>
 inline constexpr int kHeadsPerPass = Vec::kRegisters >= 32 ? 4 : 3;
 
-inline constexpr int kHeadsPerChunk = 16;     // whose scores are on the stack
-inline constexpr int kSlotsPerBlock = 16;     // that all passes of heads go over while in L1
-inline constexpr int kPrefetchBytes = 16384;  // how far ahead: latency times bandwidth, and more
+inline constexpr int kHeadsPerChunk = 16;    // whose scores are on the stack
+inline constexpr int kSlotsPerBlock = 16;    // that all passes of heads go over while in L1
+inline constexpr int kPrefetchBytes = 8192;  // how far ahead: latency times bandwidth, and more
 
 template <int kValue>
 struct Constant {

@@ -98,6 +98,42 @@ T dot(const T* a, const T* b, int64_t n) {
   return total;
 }
 
+template <int kSteps>
+void copy_rows_of(const char* from, int64_t stride, char* to, int64_t rows) {
+  constexpr int64_t kStep = sizeof(F32);
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += kSteps * kStep) {
+    for (int i = 0; i < kSteps; ++i) {
+      F32::load(reinterpret_cast<const float*>(from + i * kStep))
+          .store(reinterpret_cast<float*>(to + i * kStep));
+    }
+  }
+}
+
+void copy_rows(const void* from_data, int64_t stride, void* to_data, int64_t rows, int64_t bytes) {
+  constexpr int64_t kStep = sizeof(F32);
+  const char* from = static_cast<const char*>(from_data);
+  char* to = static_cast<char*>(to_data);
+  if (stride == bytes) {
+    __builtin_memcpy(to, from, rows * bytes);
+    return;
+  }
+  switch (bytes % kStep == 0 ? bytes / kStep : 0) {
+    case 1:
+      return copy_rows_of<1>(from, stride, to, rows);
+    case 2:
+      return copy_rows_of<2>(from, stride, to, rows);
+    case 3:
+      return copy_rows_of<3>(from, stride, to, rows);
+    case 4:
+      return copy_rows_of<4>(from, stride, to, rows);
+    case 6:
+      return copy_rows_of<6>(from, stride, to, rows);
+    case 8:
+      return copy_rows_of<8>(from, stride, to, rows);
+  }
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * bytes, from + r * stride, bytes);
+}
+
 #include "vec_math-inl.h"
 // After the functions that it calls.
 #include "attention-inl.h"
@@ -110,6 +146,7 @@ constexpr Kernels make_kernels(const char* isa) {
       {add<float>, add<double>, add<BFloat16>, add<Float16>},
       dot<float>,
       dot<double>,
+      copy_rows,
       {attend<float>, attend<double>, attend<BFloat16>, attend<Float16>},
       {merge_splits<float>, merge_splits<double>, merge_splits<BFloat16>, merge_splits<Float16>},
   };

@@ -67,6 +67,10 @@ struct Kernels {
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   double (*dot_f64)(const double* a, const double* b, int64_t n);
 
+  // Rows of `bytes` each, `stride` bytes apart, are written one after the other. Fast for rows that
+  // are too short for the price of a call of memcpy.
+  void (*copy_rows)(const void* from, int64_t stride, void* to, int64_t rows, int64_t bytes);
+
   // Keys and values are of the table index's type.
   void (*attend[kNumDTypes])(const AttentionSplit& split);
 

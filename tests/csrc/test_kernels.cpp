@@ -92,6 +92,26 @@ TEST_CASE("dot is the sum of products") {
   }
 }
 
+TEST_CASE("copy_rows writes rows one after the other and nothing more") {
+  for (const Kernels* kernels : available_kernels()) {
+    for (const int64_t bytes :
+         {1, 2, 16, 30, 32, 48, 64, 128, 160, 192, 256, 384, 512, 513, 1024}) {
+      for (const int64_t stride : {bytes, bytes + 6}) {
+        INFO(kernels->isa << ", bytes " << bytes << ", stride " << stride);
+        const std::vector<BFloat16> from = random_values<BFloat16>(5 * stride, 1);
+        const char* source = reinterpret_cast<const char*>(from.data());
+        std::vector<char> to(5 * bytes + 1, 77);
+        kernels->copy_rows(source, stride, to.data(), 5, bytes);
+        int64_t wrong = to.back() != 77;
+        for (int64_t i = 0; i < 5 * bytes; ++i) {
+          wrong += to[i] != source[i / bytes * stride + i % bytes];
+        }
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
 TEST_CASE("tables are found by name, and an unknown name is an error that lists them") {
   for (const Kernels* kernels : available_kernels()) CHECK(&find_kernels(kernels->isa) == kernels);
   CHECK(&find_kernels("") == available_kernels().back());

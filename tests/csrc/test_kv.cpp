@@ -61,7 +61,7 @@ TEST_CASE("new tokens go to their slots and nothing else is touched") {
         const std::vector<int64_t> start = {5, 0, 11};
         Side keys(3, 2, T + 11, T, 7, heads_inside, 1);
         Side values(3, 2, T + 11, T, 20, !heads_inside, 3);
-        kv_append(keys.view(), values.view(), start.data(), threads);
+        kv_append(kernels(), keys.view(), values.view(), start.data(), threads);
         CHECK(keys.wrong_elements(start) == 0);
         CHECK(values.wrong_elements(start) == 0);
       }
