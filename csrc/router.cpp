@@ -12,6 +12,8 @@ namespace {
 
 // Sums of one block stay in L1 beside the rows that stream through it.
 constexpr int64_t kMaxBlock = 1024;
+// Where whole rows are read one after the other, a block may be as wide as this.
+constexpr int64_t kMaxRow = 4096;
 
 // A row is split in blocks of columns where there are fewer rows than threads, and no further: the
 // wider a block, the longer the pieces of memory that are read in order. Blocks never split tokens:
@@ -19,10 +21,10 @@ constexpr int64_t kMaxBlock = 1024;
 struct ColumnBlocks {
   int64_t D, width, count;
 
-  ColumnBlocks(int64_t B, int64_t D, int threads) : D(D) {
+  ColumnBlocks(int64_t B, int64_t D, int64_t max_width, int threads) : D(D) {
     constexpr int64_t kMultiple = 32;
     const int64_t blocks_per_row = ceil_div(threads, std::max<int64_t>(B, 1));
-    width = std::min(ceil_div(D, blocks_per_row), kMaxBlock);
+    width = std::min(ceil_div(D, blocks_per_row), max_width);
     width = std::max<int64_t>(ceil_div(width, kMultiple), 1) * kMultiple;
     count = ceil_div(D, width);
   }
@@ -67,6 +69,21 @@ struct PromptCursor {
   }
 };
 
+// How rows are read: `at_once` of them, while what lies `ahead` bytes further is fetched.
+struct Reading {
+  int at_once;
+  int64_t ahead;
+
+  // Whole rows of 16 bits in the order of memory are read fastest one by one, as one stream; pieces
+  // of rows, and wider elements, several at once.
+  template <class T>
+  static Reading of(const Tokens<const T>& tokens, int64_t width) {
+    constexpr int64_t kStreamAhead = 8192;  // bytes: what memory delivers within its latency
+    if (sizeof(T) == 2 && width == tokens.stride) return {1, kStreamAhead};
+    return {kRowsPerPass, kRowsPerPass * tokens.stride * static_cast<int64_t>(sizeof(T))};
+  }
+};
+
 // Some columns of all windows of one sequence: pooled [W, D] from its first column on.
 template <class T>
 void pool_block(AddRows add_rows, const Tokens<const T>& tokens, Pooling pooling, int64_t D,
@@ -76,7 +93,7 @@ void pool_block(AddRows add_rows, const Tokens<const T>& tokens, Pooling pooling
   const int64_t n = tokens.prompt_tokens();
   if (n == 0) return;
 
-  const int64_t ahead = kRowsPerPass * tokens.stride * static_cast<int64_t>(sizeof(T));
+  const Reading reading = Reading::of(tokens, width);
   PromptCursor<const T> token(tokens);
   for (int64_t w = 0; w < W; ++w) {
     const TokenRange range = pooled_range(pooling, w, n);
@@ -87,8 +104,8 @@ void pool_block(AddRows add_rows, const Tokens<const T>& tokens, Pooling pooling
     while (true) {
       rows[pending++] = token.states();
       const bool is_last = token.rank + 1 == range.end;
-      if (pending == kRowsPerPass || is_last) {
-        add_rows(rows, pending, width, ahead, sums);
+      if (pending == reading.at_once || is_last) {
+        add_rows(rows, pending, width, reading.ahead, sums);
         pending = 0;
       }
       if (is_last) break;  // stay on it: the next window may begin with the same token
@@ -134,10 +151,10 @@ void unpool_block(const Tokens<T>& tokens, Pooling pooling, int64_t D, int64_t w
 // Hands the threads pieces of B sequences of D columns, `bytes` in all: body(element, sequence,
 // first column, columns), where `element` only tells the type of the hidden states.
 template <class Body>
-void for_each_block(DType dtype, int64_t B, int64_t D, int64_t bytes, int threads,
-                    const Body& body) {
+void for_each_block(DType dtype, int64_t B, int64_t D, int64_t max_width, int64_t bytes,
+                    int threads, const Body& body) {
   const int team = threads_for(bytes, threads);
-  const ColumnBlocks blocks(B, D, team);
+  const ColumnBlocks blocks(B, D, max_width, team);
   with_element_type(dtype, [&](auto element) {
     parallel_for(B * blocks.count, team, [&](int64_t item) {
       const int64_t b = item / blocks.count, block = item % blocks.count;
@@ -151,7 +168,8 @@ template <class TokensOf>
 void pool_sequences(const Kernels& kernels, DType dtype, int64_t B, int64_t D, int64_t bytes,
                     Pooling pooling, int threads, const TokensOf& tokens_of, void* pooled) {
   const int64_t F = pooling.W() * D;
-  for_each_block(dtype, B, D, bytes, threads,
+  const int64_t max_width = size_of(dtype) == 2 && D <= kMaxRow ? kMaxRow : kMaxBlock;
+  for_each_block(dtype, B, D, max_width, bytes, threads,
                  [&](auto element, int64_t b, int64_t column, int64_t width) {
                    using T = decltype(element);
                    Tokens<const T> tokens = tokens_of(element, b);
@@ -165,14 +183,15 @@ template <class TokensOf>
 void unpool_sequences(DType dtype, int64_t B, int64_t D, int64_t bytes, Pooling pooling,
                       int threads, const TokensOf& tokens_of, const void* grad_pooled) {
   const int64_t F = pooling.W() * D;
-  for_each_block(
-      dtype, B, D, bytes, threads, [&](auto element, int64_t b, int64_t column, int64_t width) {
-        using T = decltype(element);
-        Tokens<T> tokens = tokens_of(element, b);
-        tokens.data += column;
-        unpool_block<T>(tokens, pooling, D, width,
-                        static_cast<const Accumulator<T>*>(grad_pooled) + b * F + column);
-      });
+  for_each_block(dtype, B, D, kMaxBlock, bytes, threads,
+                 [&](auto element, int64_t b, int64_t column, int64_t width) {
+                   using T = decltype(element);
+                   Tokens<T> tokens = tokens_of(element, b);
+                   tokens.data += column;
+                   unpool_block<T>(
+                       tokens, pooling, D, width,
+                       static_cast<const Accumulator<T>*>(grad_pooled) + b * F + column);
+                 });
 }
 
 float dot(const Kernels& kernels, const float* a, const float* b, int64_t n) {

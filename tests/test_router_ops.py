@@ -140,8 +140,9 @@ def test_padding_does_not_change_a_bit(run, case, left, right):
         assert torch.equal(alone[0], pooled)
 
 
-def test_threads_do_not_change_a_bit():
-    hidden, prompt_mask = torch.randn(3, 700, 577), torch.rand(3, 700) < 0.7
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype):
+    hidden, prompt_mask = torch.randn(3, 700, 577).to(dtype), torch.rand(3, 700) < 0.7
     threads = torch.get_num_threads()
     try:
         results = []

@@ -21,14 +21,12 @@ void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumu
     for (int r = 0; r < kCount; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(row[r] + i) + ahead);
     }
-    Vec group = Vec::load(row[0] + i);
-    for (int r = 1; r < kCount; ++r) group = group + Vec::load(row[r] + i);
-    (Vec::load(sums + i) + group).store(sums + i);
+    Vec sum = Vec::load(sums + i);
+    for (int r = 0; r < kCount; ++r) sum = sum + Vec::load(row[r] + i);
+    sum.store(sums + i);
   }
   for (; i < width; ++i) {
-    Accumulator<T> group = widen(row[0][i]);
-    for (int r = 1; r < kCount; ++r) group += widen(row[r][i]);
-    sums[i] += group;
+    for (int r = 0; r < kCount; ++r) sums[i] += widen(row[r][i]);
   }
 }
 

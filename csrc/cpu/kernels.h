@@ -12,10 +12,11 @@ namespace firstlm {
 // Rows that add_rows takes at once, so that the sums pass through L1 once for all of them.
 inline constexpr int kRowsPerPass = 4;
 
-// sums[i] += rows[0][i] + … + rows[count - 1][i] for i < width and count in [1, kRowsPerPass].
-// Rows are of the table index's type, sums of its accumulator's. The order of additions is the same
-// on every instruction set, and so are the sums. What lies `ahead` bytes after the rows, the next
-// rows as a rule, is prefetched: hardware does not follow streams this short.
+// sums[i] += rows[0][i], then rows[1][i], … rows[count - 1][i], for i < width and count in
+// [1, kRowsPerPass]. Rows are of the table index's type, sums of its accumulator's. Rows are added
+// in their order, one by one, on every instruction set: sums depend neither on it nor on how rows
+// are divided into calls. What lies `ahead` bytes after the rows, the next rows as a rule, is
+// prefetched: hardware does not follow streams this short.
 using AddRows = void (*)(const void* const* rows, int count, int64_t width, int64_t ahead,
                          void* sums);
 

@@ -43,11 +43,16 @@ void check_add_rows(DType dtype) {
         for (const auto& row : rows) pointers.push_back(row.data());
         // One element more than the kernel may touch.
         std::vector<Sum> sums = random_values<Sum>(width + 1, 9), twin = sums, before = sums;
+        std::vector<Sum> one_by_one = sums;
         const auto table_index = static_cast<int>(dtype);
         kernels->add_rows[table_index](pointers.data(), count, width, 4096, sums.data());
         available_kernels()[0]->add_rows[table_index](pointers.data(), count, width, 0,
                                                       twin.data());
         CHECK(sums == twin);
+        for (const void* row : pointers) {
+          kernels->add_rows[table_index](&row, 1, width, 64, one_by_one.data());
+        }
+        CHECK(sums == one_by_one);
         CHECK(sums[width] == before[width]);
         for (int64_t i = 0; i < width; ++i) {
           double expected = before[i], magnitude = std::abs(expected);
