@@ -98,13 +98,9 @@ T dot(const T* a, const T* b, int64_t n) {
 
 template <int kSteps>
 void copy_rows_of(const char* from, int64_t stride, char* to, int64_t rows) {
-  constexpr int64_t kStep = sizeof(F32);
-  for (int64_t r = 0; r < rows; ++r, from += stride, to += kSteps * kStep) {
-    for (int i = 0; i < kSteps; ++i) {
-      F32::load(reinterpret_cast<const float*>(from + i * kStep))
-          .store(reinterpret_cast<float*>(to + i * kStep));
-    }
-  }
+  // A size that the compiler knows becomes moves of whole vectors, at any address.
+  constexpr int64_t kBytes = kSteps * static_cast<int64_t>(sizeof(F32));
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * kBytes, from + r * stride, kBytes);
 }
 
 void copy_rows(const void* from_data, int64_t stride, void* to_data, int64_t rows, int64_t bytes) {
