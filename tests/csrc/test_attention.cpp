@@ -6,18 +6,10 @@
 
 #include "attention.h"
 #include "catch.h"
+#include "random_values.h"
 
 namespace firstlm {
 namespace {
-
-template <class T>
-std::vector<T> random_values(int64_t n, int seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<T> values(n);
-  for (T& value : values) narrow(static_cast<Accumulator<T>>(normal(random)), &value);
-  return values;
-}
 
 // Slots of a cache that keeps heads apart, or side by side as [R, C, H, D].
 template <class T>

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "random_values.h"
 #include "rows.h"
 
 namespace firstlm {
@@ -38,15 +39,6 @@ struct TypeName<Float16> {
   static constexpr DType dtype = DType::kFloat16;
   static constexpr double eps = 0x1p-10;
 };
-
-template <class T>
-std::vector<T> random_values(int64_t n, int seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  std::vector<T> values(n);
-  for (T& value : values) narrow(static_cast<Accumulator<T>>(normal(random)), &value);
-  return values;
-}
 
 template <class T>
 ConstRows rows_of(const std::vector<T>& values, int64_t width) {
