@@ -28,6 +28,7 @@ def main(folder: Path) -> None:
                 "log": trainer.state.log_history,
             }
             torch.save(found, folder / f"{name}.pt")
+    torch.distributed.destroy_process_group()  # its threads would else be there at the exit
 
 
 if __name__ == "__main__":

@@ -162,7 +162,16 @@ def train(
     import firstlm.training
 
     result = firstlm.training.train(chosen)
+    _leave_process_group()
     typer.echo(json.dumps(result.to_json(), indent=2) if as_json else _training_report(result))
+
+
+def _leave_process_group() -> None:
+    """After a run under torchrun: threads of a group that is left to the exit can abort it."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @app.command()
