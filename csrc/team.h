@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 
 namespace firstlm {
@@ -18,11 +17,14 @@ struct Share {
   Range of(int64_t count) const { return {count * rank / size, count * (rank + 1) / size}; }
 };
 
-// The calling thread and size - 1 threads of the process's own team. Runs of several callers queue.
-// Waiting threads spin briefly, then yield, then sleep.
+// The calling thread and size - 1 threads of the process's own, which all teams share: runs of
+// several callers queue, first come, first served. Waiting threads spin briefly, then yield;
+// between runs they soon sleep. After a fork the child makes new threads.
 class Team {
  public:
-  explicit Team(int size);  // std::invalid_argument unless in [1, 256]
+  static constexpr int kMaxSize = 256;
+
+  explicit Team(int size);  // std::invalid_argument unless in [1, kMaxSize]
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -31,14 +33,24 @@ class Team {
 
   // Calls body(share) once on each thread, and returns when all have returned. The first exception
   // that a body throws is thrown again here, after the others have ended (they leave their
-  // barriers).
-  void run(const std::function<void(Share)>& body);
+  // barriers). std::logic_error inside another run; std::system_error without more threads.
+  // Allocates nothing once the threads exist.
+  template <class Body>
+  void run(const Body& body) {
+    dispatch([](const void* erased, Share share) { (*static_cast<const Body*>(erased))(share); },
+             &body);
+  }
 
-  // Inside run: returns when every thread of the team has called it.
+  // Inside run: returns when every thread of the team has called it. What a thread wrote before is
+  // seen by all of them after.
   void barrier();
 
  private:
   struct State;
+  using Call = void (*)(const void* body, Share share);
+
+  void dispatch(Call call, const void* body);
+
   std::unique_ptr<State> state_;
 };
 
