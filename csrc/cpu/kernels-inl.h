@@ -131,6 +131,7 @@ void copy_rows(const void* from_data, int64_t stride, void* to_data, int64_t row
 #include "vec_math-inl.h"
 // After the functions that it calls.
 #include "attention-inl.h"
+#include "prefill_attention-inl.h"
 
 constexpr Kernels make_kernels(const char* isa) {
   return {
@@ -143,5 +144,6 @@ constexpr Kernels make_kernels(const char* isa) {
       copy_rows,
       {attend<float>, attend<double>, attend<BFloat16>, attend<Float16>},
       {merge_splits<float>, merge_splits<double>, merge_splits<BFloat16>, merge_splits<Float16>},
+      {attend_tokens<float>, nullptr, attend_tokens<BFloat16>, attend_tokens<Float16>},
   };
 }

@@ -53,6 +53,32 @@ struct SplitMerge {
   void* output;        // [D] of the table index's type
 };
 
+// Slots that prefill attention takes at once, whatever the threads; its running maxima move from
+// one such block to the next.
+inline constexpr int64_t kPrefillSlots = 96;
+
+// Rows that it takes at once, at most, on any instruction set.
+inline constexpr int64_t kMaxPrefillTile = 64;
+
+// Floats of scratch for `rows` = tokens x G rows.
+constexpr int64_t prefill_scratch_floats(int64_t rows, int64_t D) {
+  return 2 * kPrefillSlots * padded_head_dim(D) + kPrefillSlots * kMaxPrefillTile +
+         (rows + kMaxPrefillTile) * (2 + 2 * padded_head_dim(D));
+}
+
+// Consecutive tokens and the G query heads that share a key/value head.
+struct PrefillBlock {
+  int64_t tokens, G, D;
+  const float* query;         // [tokens, G, D], heads D apart
+  int64_t stride_T;           // of query and output: elements from token to token
+  const void *keys, *values;  // [first + tokens, D] from the first slot that holds anything on
+  int64_t first;              // slot of the first token; the others follow
+  int64_t window;             // a token sees at most so many slots, itself included; > 0
+  float scale;
+  float* scratch;  // prefill_scratch_floats(tokens * G, D)
+  float* output;   // as query
+};
+
 struct Kernels {
   const char* isa;
 
@@ -77,6 +103,10 @@ struct Kernels {
 
   // The weighted mean of the values of all splits.
   void (*merge_splits[kNumDTypes])(const SplitMerge& merge);
+
+  // Keys and values are of the table index's type; none for f64. A token's output depends neither
+  // on the other tokens of its block nor on where the block begins.
+  void (*attend_tokens[kNumDTypes])(const PrefillBlock& block);
 };
 
 // The best table of this machine, or the one that the environment variable FIRSTLM_ISA names;
