@@ -1,28 +1,52 @@
 #include "kv.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "arithmetic.h"
 #include "parallel.h"
 
 namespace firstlm {
 namespace {
 
-// Tokens of one work item. Projections leave a token's heads side by side, so a block of tokens is
-// read whole while it is in cache, although each head's part of it goes elsewhere.
-constexpr int64_t kTokensPerBlock = 128;
+// Tokens of one work item at most: what is read of them stays in cache until the last head of
+// theirs is copied.
+constexpr int64_t kMaxTokens = 512;
+// An append of more bytes is written past the caches: it would not stay in them, and lines that are
+// written whole need not be read first.
+constexpr int64_t kMaxCachedBytes = 256 * 1024;
 
-void append_block(const Kernels& kernels, const NewTokens& to, int64_t r, int64_t start,
-                  int64_t block) {
-  const int64_t first = block * kTokensPerBlock;
-  const int64_t count = std::min(kTokensPerBlock, to.T - first);
-  const int64_t token_bytes = to.D * to.element_size;
-  for (int64_t h = 0; h < to.H; ++h) {
-    const char* from = static_cast<const char*>(to.tokens) +
-                       (r * to.stride_R + h * to.stride_H + first * to.stride_T) * to.element_size;
-    char* slot =
-        static_cast<char*>(to.storage) + ((r * to.H + h) * to.C + start + first) * token_bytes;
-    kernels.copy_rows(from, to.stride_T * to.element_size, slot, count, token_bytes);
+// Sequences are split only as far as threads need: long pieces of memory are copied fastest.
+int64_t tokens_per_item(int64_t R, int64_t T, int threads) {
+  const int64_t items_per_sequence = ceil_div(2 * threads, std::max<int64_t>(2 * R, 1));
+  return std::clamp<int64_t>(ceil_div(T, items_per_sequence), 1, kMaxTokens);
+}
+
+// Tokens [first, first + count) of row r.
+void append_tokens(const Kernels& kernels, const NewTokens& to, int64_t r, int64_t start,
+                   int64_t first, int64_t count, bool past_caches) {
+  const int64_t bytes = to.D * to.element_size;
+  const char* from = static_cast<const char*>(to.tokens) +
+                     (r * to.stride_R + first * to.stride_T) * to.element_size;
+  char* slot = static_cast<char*>(to.storage) + (r * to.H * to.C + start + first) * bytes;
+  RowCopy copy{.from = from,
+               .from_outer = to.stride_H * to.element_size,
+               .from_inner = to.stride_T * to.element_size,
+               .to = slot,
+               .to_outer = to.C * bytes,
+               .to_inner = bytes,
+               .outer = to.H,
+               .inner = count,
+               .bytes = bytes,
+               .past_caches = past_caches};
+  // Projections leave a token's heads side by side. Read in that order, they are one stream from
+  // memory; head by head, all but the first come from a cache that writes leave to them.
+  if (past_caches && to.stride_H < to.stride_T) {
+    std::swap(copy.from_outer, copy.from_inner);
+    std::swap(copy.to_outer, copy.to_inner);
+    std::swap(copy.outer, copy.inner);
   }
+  kernels.copy_rows(copy);
 }
 
 }  // namespace
@@ -33,11 +57,13 @@ int64_t find_misfit(const int64_t* start, int64_t R, int64_t C, int64_t T) {
 
 void kv_append(const Kernels& kernels, const NewTokens& keys, const NewTokens& values,
                const int64_t* start, int threads) {
-  const int64_t blocks = (keys.T + kTokensPerBlock - 1) / kTokensPerBlock;
-  const int team = threads_for(keys.bytes() + values.bytes(), threads);
-  parallel_for(2 * keys.R * blocks, team, [&](int64_t item) {
-    const int64_t r = item / 2 / blocks;
-    append_block(kernels, item % 2 ? values : keys, r, start[r], item / 2 % blocks);
+  const int64_t R = keys.R, T = keys.T, bytes = keys.bytes() + values.bytes();
+  const int team = threads_for(bytes, threads);
+  const int64_t tokens = tokens_per_item(R, T, team), items = ceil_div(T, tokens);
+  parallel_for(2 * R * items, team, [&](int64_t item) {
+    const int64_t r = item / 2 / items, first = item / 2 % items * tokens;
+    append_tokens(kernels, item % 2 ? values : keys, r, start[r], first,
+                  std::min(tokens, T - first), bytes > kMaxCachedBytes);
   });
 }
 

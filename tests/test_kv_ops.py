@@ -76,20 +76,21 @@ def test_other_devices_leave_a_row_out_of_range_as_it_is(run, misfit):
         assert torch.equal(stored, torch.cat([alone, before[1:]]))
 
 
-def test_long_appends_do_not_depend_on_threads():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_appends_do_not_depend_on_threads(layout):
     threads = torch.get_num_threads()
-    new = torch.randn(2, 700, 3, 64).transpose(1, 2)
-    start, results = torch.tensor([4, 0]), []
+    new = strided(torch.randn(2, 3, 700, 64), layout), torch.randn(2, 3, 700, 40)
+    start = torch.tensor([4, 0])
+    expected = reference.kv_append(*storages(2, 3, 710, 64, 40), *new, start)
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            keys, values = (torch.zeros(2, 3, 710, 64) for _ in range(2))
-            ops.kv_append(keys, values, new, new, start)
-            results.append((keys, values))
+            keys, values = storages(2, 3, 710, 64, 40)
+            ops.kv_append(keys, values, *new, start)
+            assert torch.equal(keys, expected[0])
+            assert torch.equal(values, expected[1])
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][0], results[1][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include "../dtype.h"
 
@@ -59,7 +60,16 @@ inline void check_per_row(const char* name, const at::Tensor& index, int64_t R,
 
 // [R] contiguous, of an index that passed check_per_row.
 inline at::Tensor per_row(const at::Tensor& index, int64_t R) {
-  return index.expand({R}).contiguous();
+  return index.size(0) == R ? index.contiguous() : index.expand({R}).contiguous();
+}
+
+// The same on the host, without the price of tensors for a few numbers.
+inline c10::SmallVector<int64_t, 16> values_per_row(const at::Tensor& index, int64_t R) {
+  c10::SmallVector<int64_t, 16> values(R);
+  const int64_t* first = index.const_data_ptr<int64_t>();
+  const int64_t stride = index.size(0) == R ? index.stride(0) : 0;
+  for (int64_t r = 0; r < R; ++r) values[r] = first[r * stride];
+  return values;
 }
 
 // `tensor`, copied only if the elements of its last dimension lie apart.

@@ -21,13 +21,12 @@ void kv_append_cpu(const Tensor& keys, const Tensor& values, const Tensor& new_k
                    const Tensor& new_values, const Tensor& start) {
   check_kv_append(keys, values, new_keys, new_values, start);
   const int64_t R = keys.size(0), C = keys.size(2), T = new_keys.size(2);
-  const Tensor starts = per_row(start, R);
-  const int64_t* first = starts.const_data_ptr<int64_t>();
-  const int64_t misfit = find_misfit(first, R, C, T);
+  const auto first = values_per_row(start, R);
+  const int64_t misfit = find_misfit(first.data(), R, C, T);
   TORCH_CHECK_INDEX(misfit == R, "start of row ", misfit, " is ", first[misfit], "; expected [0, ",
                     C - T, "], so that ", T, " tokens fit in ", C, " slots");
   const Tensor k = with_dense_elements(new_keys), v = with_dense_elements(new_values);
-  kv_append(kernels(), new_tokens(keys, k), new_tokens(values, v), first, num_threads());
+  kv_append(kernels(), new_tokens(keys, k), new_tokens(values, v), first.data(), num_threads());
 }
 
 // --- Composite ------------------------------------------------------------------------------

@@ -96,36 +96,64 @@ T dot(const T* a, const T* b, int64_t n) {
   return total;
 }
 
-template <int kSteps>
-void copy_rows_of(const char* from, int64_t stride, char* to, int64_t rows) {
-  // A size that the compiler knows becomes moves of whole vectors, at any address.
-  constexpr int64_t kBytes = kSteps * static_cast<int64_t>(sizeof(F32));
-  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * kBytes, from + r * stride, kBytes);
+template <class CopyRow>
+void for_each_row(const RowCopy& copy, const CopyRow& copy_row) {
+  for (int64_t o = 0; o < copy.outer; ++o) {
+    const char* from = copy.from + o * copy.from_outer;
+    char* to = copy.to + o * copy.to_outer;
+    for (int64_t i = 0; i < copy.inner; ++i) {
+      copy_row(from + i * copy.from_inner, to + i * copy.to_inner);
+    }
+  }
 }
 
-void copy_rows(const void* from_data, int64_t stride, void* to_data, int64_t rows, int64_t bytes) {
+template <int kSteps>
+void copy_rows_of(const RowCopy& copy) {
+  // A size that the compiler knows becomes moves of whole vectors, at any address.
+  for_each_row(
+      copy, [](const char* from, char* to) { __builtin_memcpy(to, from, kSteps * sizeof(F32)); });
+}
+
+void stream_rows(const RowCopy& copy) {
+  for_each_row(copy, [bytes = copy.bytes](const char* from, char* to) {
+    constexpr int64_t kStep = sizeof(F32);
+    for (int64_t i = 0; i < bytes; i += kStep) F32::stream(from + i, to + i);
+  });
+  F32::end_streams();
+}
+
+bool writes_whole_lines(const RowCopy& copy) {
+  constexpr int64_t kLine = 64;
+  const auto address = reinterpret_cast<__UINTPTR_TYPE__>(copy.to);
+  return (address | copy.to_outer | copy.to_inner | copy.bytes) % kLine == 0;
+}
+
+void copy_rows(const RowCopy& rows) {
   constexpr int64_t kStep = sizeof(F32);
-  const char* from = static_cast<const char*>(from_data);
-  char* to = static_cast<char*>(to_data);
-  if (stride == bytes) {
-    __builtin_memcpy(to, from, rows * bytes);
-    return;
+  RowCopy copy = rows;
+  if (copy.from_inner == copy.bytes && copy.to_inner == copy.bytes) {
+    copy.bytes *= copy.inner;
+    copy.inner = 1;
+    copy.to_inner = 0;
   }
-  switch (bytes % kStep == 0 ? bytes / kStep : 0) {
+  if (copy.past_caches && writes_whole_lines(copy)) return stream_rows(copy);
+  switch (copy.bytes % kStep == 0 ? copy.bytes / kStep : 0) {
     case 1:
-      return copy_rows_of<1>(from, stride, to, rows);
+      return copy_rows_of<1>(copy);
     case 2:
-      return copy_rows_of<2>(from, stride, to, rows);
+      return copy_rows_of<2>(copy);
     case 3:
-      return copy_rows_of<3>(from, stride, to, rows);
+      return copy_rows_of<3>(copy);
     case 4:
-      return copy_rows_of<4>(from, stride, to, rows);
+      return copy_rows_of<4>(copy);
     case 6:
-      return copy_rows_of<6>(from, stride, to, rows);
+      return copy_rows_of<6>(copy);
     case 8:
-      return copy_rows_of<8>(from, stride, to, rows);
+      return copy_rows_of<8>(copy);
   }
-  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + r * bytes, from + r * stride, bytes);
+  for_each_row(copy, [bytes = copy.bytes](const char* from, char* to) {
+    __builtin_memcpy(to, from, bytes);
+  });
 }
 
 #include "vec_math-inl.h"

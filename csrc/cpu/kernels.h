@@ -79,6 +79,16 @@ struct PrefillBlock {
   float* output;   // as query
 };
 
+// Rows of `bytes` each, `inner` of them `outer` times. Strides are in bytes.
+struct RowCopy {
+  const char* from;
+  int64_t from_outer, from_inner;
+  char* to;
+  int64_t to_outer, to_inner;
+  int64_t outer, inner, bytes;
+  bool past_caches;  // for more than caches hold: whole cache lines go straight to memory
+};
+
 struct Kernels {
   const char* isa;
 
@@ -94,9 +104,8 @@ struct Kernels {
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   double (*dot_f64)(const double* a, const double* b, int64_t n);
 
-  // Rows of `bytes` each, `stride` bytes apart, are written one after the other. Fast for rows that
-  // are too short for the price of a call of memcpy.
-  void (*copy_rows)(const void* from, int64_t stride, void* to, int64_t rows, int64_t bytes);
+  // Fast for rows that are too short for the price of a call of memcpy.
+  void (*copy_rows)(const RowCopy& copy);
 
   // Keys and values are of the table index's type.
   void (*attend[kNumDTypes])(const AttentionSplit& split);

@@ -54,6 +54,12 @@ struct F32 {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
 
+  static void stream(const char* from, char* to) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bytes);
+  }
+  static void end_streams() { _mm_sfence(); }
+
  private:
   static __m128i load_16_bit(const void* from) {
     return _mm_loadu_si128(static_cast<const __m128i*>(from));

@@ -55,6 +55,11 @@ struct F32 {
 
   float sum() const { return _mm512_reduce_add_ps(v); }
 
+  static void stream(const char* from, char* to) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+  static void end_streams() { _mm_sfence(); }
+
  private:
   // In 256 bits each: the lower half of a plus its upper half, then b's.
   static __m512 halves_added(__m512 a, __m512 b) {

@@ -46,6 +46,9 @@ struct F32 {
 
   float sum() const { return vaddvq_f32(v); }
 
+  static void stream(const char* from, char* to) { __builtin_memcpy(to, from, sizeof(F32)); }
+  static void end_streams() {}
+
  private:
   static uint16x4_t load_16_bit(const void* from) {
     return vld1_u16(static_cast<const uint16_t*>(from));

@@ -53,6 +53,13 @@ struct PortableVec {
     return shifted;
   }
 
+  // Copies as many bytes as a vector has to an address that is aligned to them, past the caches
+  // where that is possible. Other threads may read them after end_streams().
+  static void stream(const char* from, char* to) {
+    __builtin_memcpy(to, from, sizeof(PortableVec));
+  }
+  static void end_streams() {}
+
   // to[i] = v[i].sum(), cheaper than four sums where lanes of several vectors can be added at once.
   static void store_sums(const PortableVec (&v)[4], Scalar* to) {
     for (int i = 0; i < 4; ++i) to[i] = v[i].sum();

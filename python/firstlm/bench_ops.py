@@ -307,19 +307,19 @@ def kv_append_contest(R: int, T: int, dtype: torch.dtype, effort: Effort) -> Con
 
     nbytes = 2 * R * H * T * D * torch.empty(0, dtype=dtype).element_size()
     cold = T > 1
-    buffers = rotating(make, 3 * nbytes, effort.cold_bytes if cold else 1)
+    buffers = rotating(make, 2 * nbytes, effort.cold_bytes if cold else 1)
 
     def ours() -> None:
-        keys, values, new_keys, new_values, *_ = next(buffers)
+        keys, values, new_keys, new_values, _, _ = next(buffers)
         ops.kv_append(keys, values, new_keys, new_values, start)
 
     def by_slices() -> None:
-        keys, values, new_keys, new_values, *_ = next(buffers)
+        keys, values, new_keys, new_values, _, _ = next(buffers)
         keys[:, :, first : first + T] = new_keys
         values[:, :, first : first + T] = new_values
 
     def by_concatenation() -> None:
-        keys, values, new_keys, new_values, *_ = next(buffers)
+        keys, values, new_keys, new_values, _, _ = next(buffers)
         torch.cat([keys[:, :, :first], new_keys], 2)
         torch.cat([values[:, :, :first], new_values], 2)
 

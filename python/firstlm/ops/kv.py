@@ -25,7 +25,11 @@ def kv_append(
         IndexError: on the CPU, a start outside [0, C - T]; nothing is written then. On other
             devices such a row is left as it is, so that the host need not wait for `start`.
     """
-    torch.ops.firstlm.kv_append(keys, values, new_keys, new_values, start)
+    _append(keys, values, new_keys, new_values, start)
+
+
+# Looked up once: of one token, the lookup would be a good part of the time.
+_append = torch.ops.firstlm.kv_append.default
 
 
 @torch.library.register_fake("firstlm::kv_append")
