@@ -26,15 +26,15 @@ class Rope {
 
  private:
   std::vector<float> inverse_frequencies_;
-  double scaling_;
+  float scaling_;
 };
 
 // Rotates the first 2 * half elements of a head in place: (a, b) -> (a cos - b sin, b cos + a sin),
 // a the first half of them, b the second.
 void rotate(const Kernels& kernels, const float* cos, const float* sin, int64_t half, float* head);
 
-// The output of the fused gate and up projections: blocks of 16 gates and then their 16 ups.
-// gate_up [2 * I], I a multiple of 16 -> to [I] = silu(gate) * up. `to` must not overlap.
+// The output of the fused gate and up projections: blocks of kGateBlock gates and then their ups.
+// gate_up [2 * I], I a multiple of kGateBlock -> to [I] = silu(gate) * up. `to` must not overlap.
 void silu_and_multiply(const Kernels& kernels, const float* gate_up, int64_t I, float* to);
 
 }  // namespace firstlm

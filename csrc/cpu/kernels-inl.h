@@ -160,6 +160,7 @@ void copy_rows(const RowCopy& rows) {
 // After the functions that it calls.
 #include "attention-inl.h"
 #include "prefill_attention-inl.h"
+#include "elementwise-inl.h"
 
 constexpr Kernels make_kernels(const char* isa) {
   return {
@@ -169,6 +170,9 @@ constexpr Kernels make_kernels(const char* isa) {
       {add<float>, add<double>, add<BFloat16>, add<Float16>},
       dot<float>,
       dot<double>,
+      scaled_product,
+      rotate_pairs,
+      silu_and_multiply,
       copy_rows,
       {attend<float>, attend<double>, attend<BFloat16>, attend<Float16>},
       {merge_splits<float>, merge_splits<double>, merge_splits<BFloat16>, merge_splits<Float16>},

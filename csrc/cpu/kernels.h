@@ -24,6 +24,9 @@ using AddRows = void (*)(const void* const* rows, int count, int64_t width, int6
 // depend on their number.
 inline constexpr int64_t kSlotsPerSplit = 256;
 
+// Gates of an MLP that lie side by side, before the outputs that they gate.
+inline constexpr int64_t kGateBlock = 16;
+
 // head_dim rounded up so that vectors of every instruction set end with it.
 constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
 
@@ -103,6 +106,14 @@ struct Kernels {
 
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   double (*dot_f64)(const double* a, const double* b, int64_t n);
+
+  // Norm, rotation and activation: see elementwise.h.
+  // to[i] = x[i] * scale * y[i] for i < n; `to` may be x or y.
+  void (*scaled_product)(const float* x, const float* y, float scale, int64_t n, float* to);
+  // (a[i], b[i]) become (a cos - b sin, b cos + a sin) for i < n.
+  void (*rotate_pairs)(const float* cos, const float* sin, int64_t n, float* a, float* b);
+  // gate_up [blocks, 2, kGateBlock] -> to [blocks, kGateBlock] = silu(gate) * up.
+  void (*silu_and_multiply)(const float* gate_up, int64_t blocks, float* to);
 
   // Fast for rows that are too short for the price of a call of memcpy.
   void (*copy_rows)(const RowCopy& copy);
