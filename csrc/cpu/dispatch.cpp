@@ -13,9 +13,36 @@ extern const Kernels kernels_portable;
 #ifdef FIRSTLM_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const LinearKernels linear_int8_avx512_vnni, linear_int4_avx512_vnni;
+extern const LinearKernels linear_bf16_avx512_bf16;
 #endif
 #ifdef FIRSTLM_ARM
 extern const Kernels kernels_neon;
+#endif
+
+#ifdef FIRSTLM_X86
+namespace {
+
+LinearKernels& linear(Kernels& table, Precision precision) {
+  return table.linear[static_cast<int>(precision)];
+}
+
+Kernels make_avx512_vnni() {
+  Kernels table = kernels_avx512;
+  table.isa = "avx512_vnni";
+  linear(table, Precision::kInt8) = linear_int8_avx512_vnni;
+  linear(table, Precision::kInt4) = linear_int4_avx512_vnni;
+  return table;
+}
+
+Kernels make_avx512_bf16() {
+  Kernels table = make_avx512_vnni();
+  table.isa = "avx512_bf16";
+  linear(table, Precision::kBFloat16) = linear_bf16_avx512_bf16;
+  return table;
+}
+
+}  // namespace
 #endif
 
 const std::vector<const Kernels*>& available_kernels() {
@@ -30,6 +57,14 @@ const std::vector<const Kernels*>& available_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(&kernels_avx512);
+      if (__builtin_cpu_supports("avx512vnni")) {
+        static const Kernels avx512_vnni = make_avx512_vnni();
+        found.push_back(&avx512_vnni);
+        if (__builtin_cpu_supports("avx512bf16")) {
+          static const Kernels avx512_bf16 = make_avx512_bf16();
+          found.push_back(&avx512_bf16);
+        }
+      }
     }
 #endif
 #ifdef FIRSTLM_ARM

@@ -5,6 +5,9 @@
 namespace firstlm {
 namespace {
 #include "vec_avx512.h"
+// After the vectors that they end in.
+#include "bytes_avx512.h"
+#include "dot_avx512.h"
 // After the vectors that it is written over.
 #include "kernels-inl.h"
 }  // namespace

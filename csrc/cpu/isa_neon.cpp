@@ -5,6 +5,8 @@
 namespace firstlm {
 namespace {
 #include "vec_neon.h"
+// After the vectors that they end in.
+#include "dot_neon.h"
 // After the vectors that it is written over.
 #include "kernels-inl.h"
 }  // namespace

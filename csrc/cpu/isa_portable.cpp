@@ -3,6 +3,8 @@
 namespace firstlm {
 namespace {
 #include "vec_portable.h"
+// After the vectors that they end in.
+#include "dot_portable.h"
 // After the vectors that it is written over.
 #include "kernels-inl.h"
 }  // namespace

@@ -159,8 +159,9 @@ void copy_rows(const RowCopy& rows) {
 #include "vec_math-inl.h"
 // After the functions that it calls.
 #include "attention-inl.h"
-#include "prefill_attention-inl.h"
 #include "elementwise-inl.h"
+#include "linear-inl.h"
+#include "prefill_attention-inl.h"
 
 constexpr Kernels make_kernels(const char* isa) {
   return {
@@ -177,5 +178,7 @@ constexpr Kernels make_kernels(const char* isa) {
       {attend<float>, attend<double>, attend<BFloat16>, attend<Float16>},
       {merge_splits<float>, merge_splits<double>, merge_splits<BFloat16>, merge_splits<Float16>},
       {attend_tokens<float>, nullptr, attend_tokens<BFloat16>, attend_tokens<Float16>},
+      {make_linear<Float32Lines>(), make_linear<BFloat16Lines>(), make_linear<Int8Groups>(),
+       make_linear<Int4Groups>()},
   };
 }

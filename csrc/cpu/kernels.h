@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../dtype.h"
+#include "../packed_matrix.h"
 
 namespace firstlm {
 
@@ -92,6 +93,31 @@ struct RowCopy {
   bool past_caches;  // for more than caches hold: whole cache lines go straight to memory
 };
 
+// Tokens [first, last) of x [M, K] become what a product reads, see linear.h.
+struct LinearInput {
+  const float* x;
+  int64_t stride_M;  // elements from token to token
+  int64_t M, K;
+  int64_t first, last;
+  std::byte* to;
+};
+
+// Outputs of panels [first, last) for M tokens.
+struct LinearProduct {
+  PackedMatrix weights;
+  const std::byte* input;
+  int64_t M;
+  int64_t first, last;
+  float* y;          // [M, N]
+  int64_t stride_y;  // elements from token to token
+};
+
+struct LinearKernels {
+  int64_t (*token_bytes)(int64_t K);  // of a prepared token
+  void (*prepare)(const LinearInput& input);
+  void (*multiply)(const LinearProduct& product);
+};
+
 struct Kernels {
   const char* isa;
 
@@ -127,6 +153,8 @@ struct Kernels {
   // Keys and values are of the table index's type; none for f64. A token's output depends neither
   // on the other tokens of its block nor on where the block begins.
   void (*attend_tokens[kNumDTypes])(const PrefillBlock& block);
+
+  LinearKernels linear[kNumPrecisions];
 };
 
 // The best table of this machine, or the one that the environment variable FIRSTLM_ISA names;

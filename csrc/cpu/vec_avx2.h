@@ -13,6 +13,14 @@ struct F32 {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16_bit(from)), 16))};
   }
   static F32 load(const Float16* from) { return {_mm256_cvtph_ps(load_16_bit(from))}; }
+  // Of kLanes pairs: their first elements, their second ones.
+  static F32 load_first(const BFloat16* pairs) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(load_256_bits(pairs), 16))};
+  }
+  static F32 load_second(const BFloat16* pairs) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(load_256_bits(pairs), high))};
+  }
   void store(float* to) const { _mm256_storeu_ps(to, v); }
   void store(BFloat16* to) const {
     // As narrow(): to nearest, ties to even, and NaNs stay NaNs.
@@ -53,6 +61,19 @@ struct F32 {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
+  float greatest() const {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
+
+  // Integers that int8 holds.
+  void store(int8_t* to) const {
+    const __m256i x = _mm256_cvtps_epi32(v);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  }
 
   static void stream(const char* from, char* to) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -61,6 +82,9 @@ struct F32 {
   static void end_streams() { _mm_sfence(); }
 
  private:
+  static __m256i load_256_bits(const void* from) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  }
   static __m128i load_16_bit(const void* from) {
     return _mm_loadu_si128(static_cast<const __m128i*>(from));
   }

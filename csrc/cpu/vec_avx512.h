@@ -13,6 +13,14 @@ struct F32 {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16_bit(from)), 16))};
   }
   static F32 load(const Float16* from) { return {_mm512_cvtph_ps(load_16_bit(from))}; }
+  // Of kLanes pairs: their first elements, their second ones.
+  static F32 load_first(const BFloat16* pairs) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(pairs), 16))};
+  }
+  static F32 load_second(const BFloat16* pairs) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(pairs), high))};
+  }
   void store(float* to) const { _mm512_storeu_ps(to, v); }
   void store(BFloat16* to) const {
     // As narrow(): to nearest, ties to even, and NaNs stay NaNs.
@@ -53,7 +61,13 @@ struct F32 {
     _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, x)));
   }
 
+  // Integers that int8 holds.
+  void store(int8_t* to) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+
   float sum() const { return _mm512_reduce_add_ps(v); }
+  float greatest() const { return _mm512_reduce_max_ps(v); }
 
   static void stream(const char* from, char* to) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));

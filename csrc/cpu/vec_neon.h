@@ -15,6 +15,13 @@ struct F32 {
   static F32 load(const Float16* from) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(load_16_bit(from)))};
   }
+  // Of kLanes pairs: their first elements, their second ones.
+  static F32 load_first(const BFloat16* pairs) {
+    return {vreinterpretq_f32_u32(vshlq_n_u32(load_128_bits(pairs), 16))};
+  }
+  static F32 load_second(const BFloat16* pairs) {
+    return {vreinterpretq_f32_u32(vandq_u32(load_128_bits(pairs), vdupq_n_u32(0xffff0000u)))};
+  }
   void store(float* to) const { vst1q_f32(to, v); }
   void store(BFloat16* to) const {
     // As narrow(): to nearest, ties to even, and NaNs stay NaNs.
@@ -45,11 +52,22 @@ struct F32 {
   }
 
   float sum() const { return vaddvq_f32(v); }
+  float greatest() const { return vmaxvq_f32(v); }
+
+  // Integers that int8 holds.
+  void store(int8_t* to) const {
+    const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(v));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    __builtin_memcpy(to, &bytes, 4);
+  }
 
   static void stream(const char* from, char* to) { __builtin_memcpy(to, from, sizeof(F32)); }
   static void end_streams() {}
 
  private:
+  static uint32x4_t load_128_bits(const void* from) {
+    return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(from)));
+  }
   static uint16x4_t load_16_bit(const void* from) {
     return vld1_u16(static_cast<const uint16_t*>(from));
   }

@@ -16,6 +16,14 @@ struct PortableVec {
     return v;
   }
 
+  // F32 only. Of kLanes pairs: their first elements, their second ones.
+  static PortableVec load_first(const BFloat16* pairs) {
+    PortableVec v;
+    for (int i = 0; i < kWidth; ++i) v.lane[i] = widen(pairs[2 * i]);
+    return v;
+  }
+  static PortableVec load_second(const BFloat16* pairs) { return load_first(pairs + 1); }
+
   static PortableVec broadcast(Scalar x) {
     PortableVec v;
     for (int i = 0; i < kWidth; ++i) v.lane[i] = x;
@@ -25,6 +33,11 @@ struct PortableVec {
   template <class T>
   void store(T* to) const {
     for (int i = 0; i < kWidth; ++i) narrow(lane[i], to + i);
+  }
+
+  // F32 only. Integers that int8 holds.
+  void store(int8_t* to) const {
+    for (int i = 0; i < kWidth; ++i) to[i] = static_cast<int8_t>(lane[i]);
   }
 
   static PortableVec fma(PortableVec a, PortableVec b, PortableVec c) {
@@ -69,6 +82,13 @@ struct PortableVec {
     Scalar total = 0;
     for (int i = 0; i < kWidth; ++i) total += lane[i];
     return total;
+  }
+
+  // F32 only, no NaNs.
+  Scalar greatest() const {
+    Scalar greatest = lane[0];
+    for (int i = 1; i < kWidth; ++i) greatest = lane[i] > greatest ? lane[i] : greatest;
+    return greatest;
   }
 
   friend PortableVec operator+(PortableVec a, PortableVec b) {
