@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import firstlm
-from firstlm import cli_input
+from firstlm import cli_bench, cli_input
 
 EPILOG = (
     "Exit codes: 0 done, 1 an error (one line on stderr; --debug or FIRSTLM_DEBUG=1 shows the "
@@ -354,6 +354,10 @@ def bench_ops(
     typer.echo(bench_ops.as_text(found))
     if json_path is not None:
         figures.write(json_path, found, seed=seed)
+
+
+bench.command("decode")(reports_errors(cli_bench.decode))
+bench.command("perplexity")(reports_errors(cli_bench.perplexity))
 
 
 # ---- what is printed ----

@@ -30,6 +30,21 @@ def settings_of(arguments: list[str]) -> list[str]:
     return found
 
 
+def names(text: str) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def integers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """The positive integers of a comma-separated list; None stays None."""
+    if text is None:
+        return None
+    found = names(text)
+    if not all(name.isdecimal() and int(name) > 0 for name in found):
+        raise typer.BadParameter(f"{option} takes positive integers, as 1,2,4; got {text!r}")
+    return tuple(map(int, found))
+
+
 def read_prompts(given: list[str], file: str | None) -> list[Any]:
     """Texts or chats, from the command line, a JSONL file, or stdin."""
     if file is not None:

@@ -20,7 +20,7 @@ import numpy as np
 from firstlm.atomic import write_json
 
 SCHEMA_VERSION = 1
-VERSIONED_PACKAGES = ("firstlm", "torch", "transformers", "peft", "numpy")
+VERSIONED_PACKAGES = ("firstlm", "torch", "transformers", "peft", "numpy", "llama_cpp_python")
 
 
 def measured(values: Iterable[float]) -> dict[str, float | int]:
