@@ -74,12 +74,12 @@ struct Reading {
   int at_once;
   int64_t ahead;
 
-  // Whole rows of 16 bits in the order of memory are read fastest one by one, as one stream; pieces
-  // of rows, and wider elements, several at once.
+  // Whole rows in the order of memory are read fastest one by one, as one stream; pieces of rows
+  // several at once.
   template <class T>
   static Reading of(const Tokens<const T>& tokens, int64_t width) {
     constexpr int64_t kStreamAhead = 8192;  // bytes: what memory delivers within its latency
-    if (sizeof(T) == 2 && width == tokens.stride) return {1, kStreamAhead};
+    if (width == tokens.stride) return {1, kStreamAhead};
     return {kRowsPerPass, kRowsPerPass * tokens.stride * static_cast<int64_t>(sizeof(T))};
   }
 };
@@ -168,7 +168,7 @@ template <class TokensOf>
 void pool_sequences(const Kernels& kernels, DType dtype, int64_t B, int64_t D, int64_t bytes,
                     Pooling pooling, int threads, const TokensOf& tokens_of, void* pooled) {
   const int64_t F = pooling.W() * D;
-  const int64_t max_width = size_of(dtype) == 2 && D <= kMaxRow ? kMaxRow : kMaxBlock;
+  const int64_t max_width = D <= kMaxRow ? kMaxRow : kMaxBlock;
   for_each_block(dtype, B, D, max_width, bytes, threads,
                  [&](auto element, int64_t b, int64_t column, int64_t width) {
                    using T = decltype(element);

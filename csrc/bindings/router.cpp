@@ -93,10 +93,11 @@ Tensor run_router_head(const Tensor& pooled, const HeadParameters& parameters, d
   const Tensor x = pooled.contiguous();
   const RouterHead<T> head = parameters.head<T>(norm_eps);
   const int64_t B = x.size(0);
-  Tensor units = at::empty({head.out_weight ? B * head.H : 0}, x.options());
+  Tensor units;  // of the bottleneck head
+  if (head.out_weight) units = at::empty({B * head.H}, x.options());
   Tensor logit = at::empty({B}, x.options());
-  router_head(kernels(), head, x.const_data_ptr<T>(), B, num_threads(), units.mutable_data_ptr<T>(),
-              logit.mutable_data_ptr<T>());
+  router_head(kernels(), head, x.const_data_ptr<T>(), B, num_threads(),
+              units.defined() ? units.mutable_data_ptr<T>() : nullptr, logit.mutable_data_ptr<T>());
   return logit;
 }
 

@@ -33,7 +33,7 @@ def router_pool(
     Raises:
         ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above.
     """
-    return torch.ops.firstlm.router_pool(hidden, prompt_mask, kind, windows)
+    return _pool(hidden, prompt_mask, kind, windows)
 
 
 def router_pool_packed(
@@ -55,7 +55,7 @@ def router_pool_packed(
         ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above; on
             the CPU, offsets that do not rise from 0 to N.
     """
-    return torch.ops.firstlm.router_pool_packed(hidden, offsets, kind, windows)
+    return _pool_packed(hidden, offsets, kind, windows)
 
 
 def router_head(
@@ -87,17 +87,27 @@ def router_head(
         ValueError, TypeError: a shape or dtype that is not the above.
     """
 
-    def as_pooled(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.to(pooled.dtype)
-
-    return torch.ops.firstlm.router_head(
+    dtype = pooled.dtype
+    return _head(
         pooled,
-        as_pooled(weight),
-        as_pooled(bias),
-        as_pooled(out_weight),
-        as_pooled(out_bias),
+        _as_type(weight, dtype),
+        _as_type(bias, dtype),
+        _as_type(out_weight, dtype),
+        _as_type(out_bias, dtype),
         norm_eps,
     )
+
+
+def _as_type(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if parameter is None or parameter.dtype == dtype:
+        return parameter
+    return parameter.to(dtype)
+
+
+# Looked up once: of short prompts, the lookup would be a good part of the time.
+_pool = torch.ops.firstlm.router_pool.default
+_pool_packed = torch.ops.firstlm.router_pool_packed.default
+_head = torch.ops.firstlm.router_head.default
 
 
 # --- Fake kernels: shapes for torch.compile and export ----------------------------------------
