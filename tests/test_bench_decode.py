@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import firstlm
-from firstlm import bench_decode, bench_models, cli, figures
+from firstlm import bench_decode, bench_models, bench_tables, cli, figures
 from firstlm.bench_arms import HF, LLAMA_CPP, NATIVE, Arm, HfArm, LlamaCppArm, NativeArm
 from firstlm.bench_decode import Contest, Entry, kept_counts, spread_plan
 from firstlm.bench_models import Sizes, Timing
@@ -94,6 +94,8 @@ def test_the_command_prints_and_writes(model_folder, tmp_path, monkeypatch, caps
         (precision, T) for precision in ("float32", "bfloat16") for T in (4, 8)
     }
     assert not (tmp_path / "work").exists()  # no GGUF files for transformers
+    markdown = bench_tables.tables(found)
+    assert "**Prompt of 4**" in markdown and "| transformers bfloat16 |" in markdown
     text = bench_decode.as_text(found)
     assert "transformers float32" in text and "prompt of 8, 4 new tokens" in text
 

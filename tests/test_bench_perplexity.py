@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import firstlm
-from firstlm import bench_models, bench_perplexity, cli, figures
+from firstlm import bench_models, bench_perplexity, bench_tables, cli, figures
 from firstlm.bench_perplexity import HfScorer, LlamaCppScorer, NativeScorer, log_probabilities
 from firstlm.bench_text import Window, windows
 from tiny_gguf import tiny_model_folder
@@ -103,4 +103,5 @@ def test_the_command_prints_and_writes(against, model_folder, tmp_path, monkeypa
     reference = found["rows"][0]
     assert reference["ratio"] == 1 and reference["bits_per_weight"] == 32
     assert all(row["ratio"] == pytest.approx(1, abs=0.2) for row in found["rows"])
+    assert "**debian-en-de**" in bench_tables.tables(found)
     assert "bits/weight" in bench_perplexity.as_text(found)

@@ -156,7 +156,7 @@ class NativeArm(Arm):
         engine = firstlm.Engine.from_pretrained(
             model.path, precision=precision, num_threads=threads
         )
-        self._decoder = engine.decoder
+        self._decoder = engine.core.decoder
         self._num_layers = model.hf.config.num_hidden_layers
         self._sequences: list[Any] = []
         self._logits = torch.empty(0)

@@ -5,9 +5,11 @@ Nothing of the package's Python layer runs between two tokens, so that what is t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -56,24 +58,28 @@ class LlamaCppModel:
         sequences: int = 1,
     ) -> None:
         self._api = api = binding()
-        self._model = self._context = None
+        resources = contextlib.ExitStack()
+        self._free = weakref.finalize(self, resources.close)
         params = api.llama_model_default_params()
-        self._model = api.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
+        resources.callback(api.llama_model_free, model)
         params = api.llama_context_default_params()
         # Sequences have cells of their own, in multiples of 256.
         params.n_ctx = -(-context // 256) * 256 * sequences
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = num_threads
         params.no_perf = True
-        self._context = api.llama_init_from_model(self._model, params)
+        self._context = api.llama_init_from_model(model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {params.n_ctx} tokens")
+        resources.callback(api.llama_free, self._context)
         self._memory = api.llama_get_memory(self._context)
         self._capacity = api.llama_n_batch(self._context)
         self._batch = api.llama_batch_init(self._capacity, 0, 1)
-        self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
+        resources.callback(api.llama_batch_free, self._batch)
+        self.vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         self.lengths = [0] * sequences
 
     def clear(self) -> None:
@@ -127,14 +133,5 @@ class LlamaCppModel:
         return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
 
     def close(self) -> None:
-        """Free it now instead of when it is collected."""
-        if self._context:
-            self._api.llama_batch_free(self._batch)
-            self._api.llama_free(self._context)
-        if self._model:
-            self._api.llama_model_free(self._model)
-        self._context = self._model = None
-
-    def __del__(self) -> None:
-        if getattr(self, "_api", None) is not None:
-            self.close()
+        """Free it now instead of when it is collected; it cannot be used afterwards."""
+        self._free()

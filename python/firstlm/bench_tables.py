@@ -1,0 +1,125 @@
+"""Markdown tables of what `firstlm bench decode` and `firstlm bench perplexity` wrote.
+
+python -m firstlm.bench_tables decode.json perplexity.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from firstlm import figures
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """The tables of one file.
+
+    Raises:
+        ValueError: it holds the figures of something else.
+    """
+    if "window_tokens" in found:
+        return perplexity_tables(found)
+    if "read_bandwidth_gb_s" in found:
+        return decode_tables(found)
+    raise ValueError("neither firstlm bench decode nor firstlm bench perplexity wrote this")
+
+
+def decode_tables(found: Mapping[str, Any]) -> str:
+    """A table for each contest, then the bars."""
+    read, machine = found["read_bandwidth_gb_s"], found["machine"]
+    parts = [
+        f"{machine['cpu']}, {found['threads']} threads, memory read at {read['median']:.1f} GB/s "
+        f"({read['p10']:.1f}-{read['p90']:.1f}); {found['model']}; median (10th-90th percentile)."
+    ]
+    for case in dict.fromkeys(row["case"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["case"] == case]
+        parts.append(f"**{case[0].upper()}{case[1:]}**\n\n{_decode_table(rows)}")
+    bars = [
+        (
+            bar["quantity"],
+            f"≥ {bar['limit']:g}",
+            f"{bar['value']:.3g}",
+            "yes" if bar["met"] else "no",
+        )
+        for bar in found["bars"]
+    ]
+    if bars:
+        parts.append(_table(("bar", "limit", "measured", "met"), bars))
+    return "\n\n".join(parts)
+
+
+def _decode_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    skips = any(row["plans"] != "full" for row in rows)
+    batches = any(row["batch"] > 1 for row in rows)
+    prefills = any(row["prefill_tokens_per_s"] is not None for row in rows)
+    columns: list[tuple[str, Any]] = [("runtime", lambda r: f"{r['runtime']} {r['precision']}")]
+    if batches:
+        columns.append(("batch", lambda r: f"{r['batch']}"))
+    if skips:
+        columns.append(("layers kept", lambda r: f"{r['kept_layers']:g} of {r['layers']}"))
+    if batches:
+        columns.append(("plans", lambda r: r["plans"]))
+    columns.append(("decode, tokens/s", lambda r: _spread(r["decode_tokens_per_s"])))
+    columns.append(("GB/s", lambda r: f"{r['step_bytes'] / 1e6 / r['tpot_ms']['median']:.1f}"))
+    columns.append(("of read bandwidth", lambda r: f"{r['bandwidth_share']:.0%}"))
+    if prefills and not skips:
+        columns.append(("prefill, tokens/s", lambda r: _spread(r["prefill_tokens_per_s"])))
+    if skips or batches:
+        columns.append(("speedup", lambda r: f"{r['speedup']:.2f}"))
+        columns.append(("ideal", lambda r: f"{r['ideal_speedup']:.2f}"))
+    return _table(
+        [name for name, _ in columns], [[value(row) for _, value in columns] for row in rows]
+    )
+
+
+def perplexity_tables(found: Mapping[str, Any]) -> str:
+    """A table for each corpus."""
+    parts = []
+    for corpus in dict.fromkeys(row["corpus"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["corpus"] == corpus]
+        head = ("runtime", "bits per weight", "perplexity", "ratio", "answers only", "ratio")
+        body = [
+            (
+                f"{row['runtime']} {row['precision']}",
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['perplexity']:.3f}",
+                _ratio(row["ratio"], row["ratio_error"]),
+                _optional(row["answer_perplexity"], ".3f"),
+                _optional(row["answer_ratio"], ".4f"),
+            )
+            for row in rows
+        ]
+        parts.append(
+            f"**{corpus}**, {found['model']}: {rows[0]['tokens']:,} tokens, "
+            f"{rows[0]['answer_tokens']:,} of them in answers.\n\n{_table(head, body)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['median']:.1f} ({value['p10']:.1f}-{value['p90']:.1f})"
+
+
+def _ratio(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def main(paths: Sequence[str]) -> None:
+    """Print the tables of some files."""
+    print("\n\n".join(tables(figures.read(path)) for path in paths))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
