@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import firstlm
 from firstlm import SkipPlan
+from firstlm.cache_argument import cache_of
 from firstlm.routed_model import position_ids_of
 from tiny_models import (
     FAMILIES,
@@ -132,7 +133,7 @@ def test_skipped_rows_are_not_computed(family):
 def test_the_cache_holds_only_kept_pairs(family):
     model = routed_model(family)
     out = model.generate(**pad(prompts(LENGTHS)), max_new_tokens=6, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = cache_of(out)
     kept = torch.stack([plan.to_mask() for plan in out.skip_plans]).sum(0)
     assert [layer.num_rows for layer in cache.layers] == kept.tolist()
     memory = cache.memory()

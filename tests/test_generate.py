@@ -17,6 +17,7 @@ from transformers import (
 
 import firstlm
 from firstlm import RouterConfig, SkipCache, SkipPlan
+from firstlm.cache_argument import cache_of
 from tiny_models import (
     NUM_LAYERS,
     assert_adaptive,
@@ -177,7 +178,7 @@ def test_prefill_full_reads_unskipped_states_and_frees_their_keys():
     assert_adaptive(out.skip_plans)
     assert calls.prefill.tolist() == [4] * NUM_LAYERS
     assert calls.decode.tolist() == (9 * kept).tolist()
-    assert [layer.num_rows for layer in out.past_key_values.layers] == kept.tolist()
+    assert [layer.num_rows for layer in cache_of(out).layers] == kept.tolist()
 
 
 def test_a_fixed_seed_samples_the_same_tokens_twice(model):
@@ -201,18 +202,33 @@ class TestSecondTurn:
     def test_keeps_the_plan_and_computes_only_new_tokens(self, model):
         conversation, first = self.first_turn(model)
         with model.count_layer_calls() as calls:
-            second = model.generate(**conversation, past_key_values=first.past_key_values, **LENGTH)
+            second = model.generate(**conversation, cache=cache_of(first), **LENGTH)
         assert second.skip_plans == first.skip_plans
         assert calls.prefill.sum() == 0
         fresh = model.generate(**conversation, skip_plan=first.skip_plans[0], **LENGTH)
         assert torch.equal(second.sequences, fresh.sequences)
 
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_the_cache_may_be_passed_by_either_name(self, model, name):
+        conversation, first = self.first_turn(model)
+        second = model.generate(**conversation, **{name: cache_of(first)}, **LENGTH)
+        assert cache_of(second) is cache_of(first)
+        with torch.no_grad():
+            out = model(input_ids=conversation["input_ids"][:, :1], **{name: cache_of(second)})
+        assert cache_of(out) is cache_of(first)
+
+    def test_two_caches_are_refused(self, model):
+        conversation, first = self.first_turn(model)
+        other = SkipCache(model.config)
+        with pytest.raises(ValueError, match="pass the cache once"):
+            model.generate(**conversation, cache=cache_of(first), past_key_values=other)
+
     def test_replan_prefills_the_whole_conversation(self, model):
         conversation, first = self.first_turn(model)
         fresh = model.generate(**conversation, **LENGTH)
         assert fresh.skip_plans != first.skip_plans, "the drawn routers must change their mind"
-        cache = first.past_key_values
-        second = model.generate(**conversation, past_key_values=cache, replan=True, **LENGTH)
+        cache = cache_of(first)
+        second = model.generate(**conversation, cache=cache, replan=True, **LENGTH)
         assert second.skip_plans == fresh.skip_plans
         assert torch.equal(second.sequences, fresh.sequences)
 
@@ -220,8 +236,8 @@ class TestSecondTurn:
         conversation, first = self.first_turn(model)
         other = SkipPlan((0, 5), NUM_LAYERS)
         fresh = model.generate(**conversation, skip_plan=other, **LENGTH)
-        cache = first.past_key_values
-        second = model.generate(**conversation, past_key_values=cache, skip_plan=other, **LENGTH)
+        cache = cache_of(first)
+        second = model.generate(**conversation, cache=cache, skip_plan=other, **LENGTH)
         assert second.skip_plans == [other]
         assert torch.equal(second.sequences, fresh.sequences)
 
@@ -230,7 +246,7 @@ class TestSecondTurn:
         with model.count_layer_calls() as calls:
             model.generate(
                 **conversation,
-                past_key_values=first.past_key_values,
+                cache=cache_of(first),
                 skip_plan=first.skip_plans,
                 **LENGTH,
             )
@@ -242,10 +258,10 @@ class TestSecondTurn:
             model.generate(
                 conversation["input_ids"][:, -6:],
                 attention_mask=conversation["attention_mask"],
-                past_key_values=first.past_key_values,
+                cache=cache_of(first),
                 replan=True,
             )
-        assert first.past_key_values.get_seq_length() > 0
+        assert cache_of(first).get_seq_length() > 0
 
 
 @pytest.mark.parametrize(
@@ -257,7 +273,7 @@ class TestSecondTurn:
         ({"cache_implementation": "dynamic"}, "leave it unset"),
         ({"cache_implementation": "quantized"}, "leave it unset"),
         ({"cache_implementation": "offloaded"}, "leave it unset"),
-        ({"past_key_values": DynamicCache()}, "SkipCache"),
+        ({"cache": DynamicCache()}, "SkipCache"),
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"dola_layers": "low"}, "DoLa"),
         ({"custom_generate": "some/repo"}, "bypass"),
@@ -312,15 +328,15 @@ def test_forward_refuses_a_foreign_cache_and_other_plans(model):
     ids = prompts([5])[0][None]
     with torch.no_grad():
         with pytest.raises(TypeError, match="SkipCache"):
-            model(input_ids=ids, past_key_values=DynamicCache())
-        cache = model(input_ids=ids, skip_plan=SkipPlan((0, 1), NUM_LAYERS)).past_key_values
+            model(input_ids=ids, cache=DynamicCache())
+        cache = cache_of(model(input_ids=ids, skip_plan=SkipPlan((0, 1), NUM_LAYERS)))
         with pytest.raises(ValueError, match="differs from the plans of the cache"):
-            model(input_ids=ids[:, :1], past_key_values=cache, skip_plan=SkipPlan((0,), NUM_LAYERS))
+            model(input_ids=ids[:, :1], cache=cache, skip_plan=SkipPlan((0,), NUM_LAYERS))
 
 
 def test_a_cache_under_autograd_is_refused(model):
     with pytest.raises(RuntimeError, match="no autograd history"):
-        model(input_ids=prompts([5])[0][None], past_key_values=SkipCache(model.config))
+        model(input_ids=prompts([5])[0][None], cache=SkipCache(model.config))
 
 
 def test_all_skipped_never_happens_without_protected_layers():

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
+from firstlm.cache_argument import find_cache
 from firstlm.skip_cache import SkipCache
 
 # option -> why it cannot work, and the way out
@@ -65,10 +66,10 @@ def check_supported(defaults: GenerationConfig, kwargs: Mapping[str, Any]) -> in
             "generate(use_cache=False) is not supported: the plan of the prompt lives with its "
             "cache; leave it unset"
         )
-    cache = kwargs.get("past_key_values")
+    cache = find_cache(kwargs)
     if cache is not None and not isinstance(cache, SkipCache):
         raise ValueError(
-            f"generate(past_key_values={type(cache).__name__}) is not supported: pass a "
+            f"generate(cache={type(cache).__name__}) is not supported: pass a "
             "firstlm.SkipCache, for example the one of the turn before, or none"
         )
     return max(option("num_beams") or 1, option("num_return_sequences") or 1)

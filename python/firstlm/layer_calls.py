@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from firstlm.cache_argument import find_cache
+
 
 class LayerCalls:
     """Rows that the decoder layers really computed, counted inside the layers.
@@ -39,7 +41,7 @@ def counting_layer_calls(model: nn.Module, layers: Sequence[nn.Module]) -> Itera
     calls = LayerCalls(len(layers))
 
     def start_pass(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         starts = cache is None or cache.get_seq_length() == 0
         calls._counts = calls.prefill if starts else calls.decode
         if not starts:

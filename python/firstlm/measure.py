@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from firstlm.cache_argument import cache_of
 from firstlm.data import encode_prompt, pad_prompts
 from firstlm.skip_plan import SkipPlan
 
@@ -220,7 +221,7 @@ def _count_once(model, tokenizer, ids, arguments, new_tokens, timing: ArmTiming)
     with model.count_layer_calls() as calls:
         output = _generate(model, tokenizer, ids, arguments, new_tokens)
     timing.layer_calls_per_token.append(calls.per_token())
-    timing.kv_bytes.append(int(output.past_key_values.memory()["bytes"]))
+    timing.kv_bytes.append(int(cache_of(output).memory()["bytes"]))
 
 
 def _time_once(model, tokenizer, ids, arguments, new_tokens) -> tuple[float, float]:

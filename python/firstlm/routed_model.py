@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from firstlm.cache_argument import find_cache, set_cache
 from firstlm.checkpoint import save_checkpoint
 from firstlm.generation import check_supported, drop_cache_if_replanned, named_arguments
 from firstlm.layer_calls import LayerCalls, counting_layer_calls
@@ -100,11 +101,12 @@ class RoutedModel:
         base_forward: Callable[..., ModelOutput],
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SkipCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         *,
+        cache: SkipCache | None = None,
+        past_key_values: SkipCache | None = None,
         prompt_mask: torch.Tensor | None = None,
         skip_plan: SkipPlan | Sequence[SkipPlan] | torch.Tensor | None = None,
         gate: str | None = None,
@@ -118,6 +120,7 @@ class RoutedModel:
         """The base's forward under skip plans; takes all of the base's arguments and these.
 
         Args:
+            cache, past_key_values: two names of one argument.
             prompt_mask: bool `[B, T]`, the tokens that the routers read. Default: the unmasked
                 tokens before the first label that is not -100; without labels all unmasked tokens.
             skip_plan: one `SkipPlan`, one a sequence, or a keep mask `[B, L]`; replaces the
@@ -140,7 +143,8 @@ class RoutedModel:
         if tokens is None:
             raise ValueError("forward needs input_ids [B, T] or inputs_embeds [B, T, D]")
         batch_size, num_layers = tokens.shape[0], len(self.decoder_layers)
-        cache = self._cache_for(past_key_values, use_cache, labels)
+        cache = find_cache({"cache": cache, "past_key_values": past_key_values})
+        cache = self._cache_for(cache, use_cache, labels)
         follows_cache = cache is not None and cache.get_seq_length() > 0
         plan = None if skip_plan is None else plans_to_mask(skip_plan, batch_size, num_layers)
         if plan is not None and follows_cache and not torch.equal(plan, cache.keep_mask):
@@ -172,11 +176,11 @@ class RoutedModel:
             exact_budget=exact_budget,
             unobserved=self._states_are_unobserved(**kwargs),
         )
+        set_cache(kwargs, cache)
         outputs = base_forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=cache is not None,
@@ -297,9 +301,9 @@ class RoutedModel:
                 prefill. "exact": the same number of layers for every prompt, two prefills with
                 `prefill="route"`.
             budget_mode: "threshold" or "exact".
-            replan: with a filled `past_key_values`: drop it and prefill the whole conversation
-                again. Without it a later turn keeps the plan of the first; another `skip_plan` or
-                a budget also drops it.
+            replan: with a filled cache (`cache=`, also as `past_key_values=`): drop it and prefill
+                the whole conversation again. Without it a later turn keeps the plan of the first;
+                another `skip_plan` or a budget also drops it.
 
         Returns:
             As transformers; with `return_dict_in_generate=True` also `skip_plans` (one a prompt)
@@ -320,8 +324,10 @@ class RoutedModel:
             num_layers = len(self.decoder_layers)
             skip_plan = plans_to_mask(skip_plan, prompt.shape[0], num_layers)
             check_protected(skip_plan, self.router_config.protected)
-        cache = kwargs.get("past_key_values")
-        cache = kwargs["past_key_values"] = SkipCache(self.config) if cache is None else cache
+        cache = find_cache(kwargs)
+        if cache is None:
+            cache = SkipCache(self.config)
+        set_cache(kwargs, cache)
         drop_cache_if_replanned(
             cache, prompt, kwargs.get("attention_mask"), skip_plan, budget, replan, rows_per_prompt
         )
