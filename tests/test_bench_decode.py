@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import firstlm
-from firstlm import bench_decode, bench_models, bench_tables, cli, figures
+from firstlm import RouterConfig, SkipPlan, bench_decode, bench_models, bench_tables, cli, figures
+from firstlm.adapter import attach_adapter
 from firstlm.bench_arms import HF, LLAMA_CPP, NATIVE, Arm, HfArm, LlamaCppArm, NativeArm
 from firstlm.bench_decode import Contest, Entry, kept_counts, spread_plan
 from firstlm.bench_models import Sizes, Timing
-from tiny_gguf import tiny_model_folder
+from firstlm.train_config import LoraPhaseConfig
+from tiny_gguf import draw_routers, tiny_model_folder
 
 ROW_KEYS = {
     "runtime",
@@ -173,6 +176,26 @@ def test_weights_are_plain_and_keep_their_values(model_folder, bench_model):
     with torch.no_grad():
         again.hf.model.norm.weight[0] += 1
     assert bench_models._digest(again.hf) != bench_models._digest(bench_model.hf)
+
+
+def test_a_checkpoint_is_measured_with_its_adapter_merged(model_folder, tmp_path):
+    model = firstlm.from_pretrained(model_folder, router=RouterConfig(protected=[0]))
+    draw_routers(model)
+    attach_adapter(model, LoraPhaseConfig(rank=4), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    model.eval().save_pretrained(tmp_path / "checkpoint")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "checkpoint")
+    found = bench_models.load(str(tmp_path / "checkpoint"), tmp_path)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        expected = model(ids, skip_plan=SkipPlan.full(3)).logits
+        base = bench_models.load(str(model_folder), tmp_path).hf(ids).logits
+        torch.testing.assert_close(found.hf(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        assert (base - expected).abs().max() > 0.01
+    assert len(found.hf.state_dict()) == len(bench_models.plain_weights(found.hf))
 
 
 def test_bytes_of_a_step_are_those_of_layers_that_any_row_keeps():

@@ -183,7 +183,12 @@ class NativeArm(Arm):
     def _decode(self, watch: Stopwatch, new_tokens: int, *, prompt_was_read: bool) -> Timing:
         B = len(self._sequences)
         decoding = self._decoder.decoding(
-            self._sequences, self._logits, [self._GREEDY] * B, self._prompts, [], [new_tokens] * B
+            self._sequences,
+            self._logits.clone(),
+            [self._GREEDY] * B,
+            self._prompts,
+            [],
+            [new_tokens] * B,
         )
         first = decoding.advance(1)  # out of the prompt's logits: no forward
         ttft = watch()
