@@ -162,6 +162,7 @@ void copy_rows(const RowCopy& rows) {
 #include "elementwise-inl.h"
 #include "linear-inl.h"
 #include "prefill_attention-inl.h"
+#include "sampling-inl.h"
 
 constexpr Kernels make_kernels(const char* isa) {
   return {
@@ -174,6 +175,8 @@ constexpr Kernels make_kernels(const char* isa) {
       scaled_product,
       rotate_pairs,
       silu_and_multiply,
+      maximum,
+      exponentials,
       copy_rows,
       {attend<float>, attend<double>, attend<BFloat16>, attend<Float16>},
       {merge_splits<float>, merge_splits<double>, merge_splits<BFloat16>, merge_splits<Float16>},

@@ -141,6 +141,11 @@ struct Kernels {
   // gate_up [blocks, 2, kGateBlock] -> to [blocks, kGateBlock] = silu(gate) * up.
   void (*silu_and_multiply)(const float* gate_up, int64_t blocks, float* to);
 
+  // The greatest of x [n], -inf of none; NaN if one of them is NaN or +inf.
+  float (*maximum)(const float* x, int64_t n);
+  // to[i] = exp(x[i] - shift) for i < n, 0 if x[i] is -inf. No x[i] may be above shift, or NaN.
+  void (*exponentials)(const float* x, float shift, int64_t n, float* to);
+
   // Fast for rows that are too short for the price of a call of memcpy.
   void (*copy_rows)(const RowCopy& copy);
 
