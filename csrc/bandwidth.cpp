@@ -9,21 +9,25 @@
 namespace firstlm {
 namespace {
 
-// Written so that compilers make it wide loads on every instruction set. Bytes so far ahead are
-// prefetched: what hardware prefetches by itself leaves a fifth of the bandwidth unused on Zen 5.
-// Past the end that does no harm.
+// Written as wide loads, which compilers make of whatever the instruction set has. Bytes so far
+// ahead are prefetched: what hardware prefetches by itself leaves a third of the bandwidth of Zen 5
+// unused. Past the end that does no harm.
 uint64_t read_block(const char* data, int64_t bytes) {
-  constexpr int64_t kLanes = 16, kStep = kLanes * 8, kAhead = 6 * 1024;
-  uint64_t lanes[kLanes] = {};
+  using Part = uint64_t __attribute__((vector_size(16)));  // larger ones spill where SSE is all
+  constexpr int64_t kParts = 8, kStep = kParts * sizeof(Part), kAhead = 6 * 1024;
+  Part sums[kParts] = {};
   int64_t i = 0;
   for (; i + kStep <= bytes; i += kStep) {
-    uint64_t words[kLanes];
-    for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + kAhead + line);
-    std::memcpy(words, data + i, kStep);
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] ^= words[lane];
+    __builtin_prefetch(data + i + kAhead);
+    __builtin_prefetch(data + i + kAhead + 64);
+    for (int64_t p = 0; p < kParts; ++p) {
+      Part part;
+      std::memcpy(&part, data + i + p * sizeof(Part), sizeof(Part));
+      sums[p] ^= part;
+    }
   }
   uint64_t result = 0;
-  for (const uint64_t lane : lanes) result ^= lane;
+  for (const Part& sum : sums) result ^= sum[0] ^ sum[1];
   for (; i < bytes; i += 8) {
     uint64_t word = 0;
     std::memcpy(&word, data + i, std::min<int64_t>(8, bytes - i));

@@ -57,7 +57,7 @@ class Effort:
 
     repeats: int = 7
     hf_repeats: int = 2
-    new_tokens: int = 48
+    new_tokens: int = 32
     prompt_tokens: tuple[int, ...] = (64, 256, 1024)
     context: int = 4096
     kept_layers: tuple[int, ...] | None = None
