@@ -59,6 +59,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         _LLAMA_LIKE | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
     ),
     "qwen3": ("Qwen3Config", _LLAMA_LIKE),
+    "smollm3": ("SmolLM3Config", _LLAMA_LIKE | {"no_rope_layer_interval": 3}),
     "gemma2": ("Gemma2Config", _LLAMA_LIKE | {"sliding_window": 8}),
     "gemma3": ("Gemma3TextConfig", _LLAMA_LIKE | {"sliding_window": 8}),
     "phi3": ("Phi3Config", _LLAMA_LIKE | {"sliding_window": 8}),

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from firstlm.engine import Engine
     from firstlm.loading import from_pretrained
     from firstlm.router import Router, RouterConfig
     from firstlm.skip_cache import SkipCache
@@ -24,6 +25,7 @@ _PUBLIC = {
     "SkipPlan": "skip_plan",
     "SkipCache": "skip_cache",
     "from_pretrained": "loading",
+    "Engine": "engine",
     "TrainConfig": "train_config",
     "TrainResult": "training",
     "Trainer": "trainer",
@@ -31,6 +33,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Engine",
     "Router",
     "RouterConfig",
     "SkipCache",

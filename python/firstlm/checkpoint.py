@@ -19,7 +19,6 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
 
 from firstlm import embedded_model
 from firstlm.atomic import publish_folder
@@ -76,6 +75,8 @@ def base_config_sha256(base: str | Path, **kwargs: Any) -> str:
     Args:
         base: folder, hub id, or folder of a GGUF (`gguf_file=`).
     """
+    from transformers import PretrainedConfig  # a second to import, which the engine does not need
+
     values, _ = PretrainedConfig.get_config_dict(str(base), **kwargs)
     identity = {
         key: value

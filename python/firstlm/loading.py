@@ -99,6 +99,18 @@ def from_pretrained(
     return model.eval()
 
 
+def base_config(source: str | os.PathLike[str], **kwargs: Any) -> PretrainedConfig:
+    """The config of the base that `from_pretrained(source)` would load; weights are not read."""
+    hub = {name: kwargs[name] for name in checkpoint.HUB_OPTIONS if name in kwargs}
+    folder = checkpoint.find_checkpoint(source, download=False, **hub)
+    if folder is None:
+        location, options = _resolve(source, dict(hub))
+        return AutoConfig.from_pretrained(location, **(hub | options))
+    base, revision = _base_of(folder)
+    options = {} if revision is None or Path(base).exists() else {"revision": revision}
+    return base_config(base, **options)
+
+
 def _base_of(folder: Path) -> tuple[str, str | None]:
     """The base that a checkpoint names, and its revision if it came from a hub."""
     config = checkpoint.read_router_config(folder)

@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +22,19 @@ from firstlm.cache_argument import find_cache, set_cache
 from firstlm.checkpoint import save_checkpoint
 from firstlm.generation import check_supported, drop_cache_if_replanned, named_arguments
 from firstlm.layer_calls import LayerCalls, counting_layer_calls
-from firstlm.router import Router, RouterConfig
+from firstlm.router import Router, RouterConfig, warn_of_other_prefill
 from firstlm.routing import RoutedLayer, Routing, is_unobserved, routed_layer_class
 from firstlm.skip_cache import SkipCache
 from firstlm.skip_plan import (
+    RoutingOutput,
     SkipPlan,
+    check_plan_choice,
     check_protected,
-    check_skip_rate,
     exact_budget_mask,
     mask_to_plans,
     planned_rows,
     plans_to_mask,
 )
-
-BUDGET_MODES = ("threshold", "exact")
-
-
-@dataclass
-class RoutingOutput:
-    """What the routers say of some prompts.
-
-    Attributes:
-        skip_plans: one a prompt.
-        keep_prob: `[B, L]`, float32 (float64 for a float64 model).
-    """
-
-    skip_plans: list[SkipPlan]
-    keep_prob: torch.Tensor
 
 
 class RoutedModel:
@@ -155,12 +139,8 @@ class RoutedModel:
         if prompt_mask is None and not follows_cache:
             prompt_mask = default_prompt_mask(tokens, attention_mask, labels)
         config = self.router_config
-        if self.trained_prefill not in (None, config.prefill) and gate is None:
-            warnings.warn(
-                f"the routers were trained with prefill={self.trained_prefill!r}; under prefill="
-                f"{config.prefill!r} they read other states, and their thresholds may not hold",
-                stacklevel=2,
-            )
+        if gate is None:
+            warn_of_other_prefill(self.trained_prefill, config.prefill, stacklevel=3)
         routing = Routing(
             num_layers,
             prompt_mask,
@@ -233,9 +213,8 @@ class RoutedModel:
             budget, budget_mode: as in `generate`.
             **kwargs: as in `forward`, for example `prompt_mask`, `thresholds` or `skip_plan`.
         """
+        check_plan_choice(kwargs.get("skip_plan"), budget, budget_mode)
         if kwargs.get("skip_plan") is not None:
-            if budget is not None:
-                raise ValueError("pass skip_plan or budget, not both")
             mask = plans_to_mask(kwargs["skip_plan"], len(input_ids), len(self.decoder_layers))
             check_protected(mask, self.router_config.protected)
         if budget is not None:
@@ -262,9 +241,6 @@ class RoutedModel:
         inputs_embeds: torch.Tensor | None,
     ) -> dict[str, Any]:
         """The forward arguments that make the next prefill keep a budget."""
-        if budget_mode not in BUDGET_MODES:
-            raise ValueError(f"budget_mode must be one of {BUDGET_MODES}, got {budget_mode!r}")
-        check_skip_rate(budget)
         if budget_mode == "threshold":
             return {"thresholds": self.router_config.thresholds_for(budget)}
         if self.router_config.prefill == "full":
@@ -312,8 +288,7 @@ class RoutedModel:
         Raises:
             ValueError: an option that cannot work with skip plans; the message names the way out.
         """
-        if skip_plan is not None and budget is not None:
-            raise ValueError("pass skip_plan or budget, not both")
+        check_plan_choice(skip_plan, budget, budget_mode)
         kwargs = named_arguments(inputs, args, kwargs)
         rows_per_prompt = check_supported(self.generation_config, kwargs)
         prompt = kwargs.get("input_ids")

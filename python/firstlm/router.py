@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ POOLINGS = ("mean", "windowed_mean", "last")
 HEADS = ("linear", "mlp")
 PREFILLS = ("route", "full")
 _FORMAT_VERSION = 1
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 def _require(condition: bool, name: str, value: Any, accepted: str) -> None:
@@ -208,6 +209,16 @@ def differences(asked: RouterConfig, own: RouterConfig) -> list[str]:
     ]
 
 
+def warn_of_other_prefill(trained: str | None, prefill: str, stacklevel: int) -> None:
+    """Warns if routers were trained with another prefill; fresh ones (None) were with none."""
+    if trained not in (None, prefill):
+        warnings.warn(
+            f"the routers were trained with prefill={trained!r}; under prefill={prefill!r} they "
+            "read other states, and their thresholds may not hold",
+            stacklevel=stacklevel,
+        )
+
+
 class Router(nn.Module):
     """The router of one layer. Its parameters are plain float32 `nn.Parameter`s.
 
@@ -232,7 +243,7 @@ class Router(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.pooling, self.windows = config.pooling, config.windows
-        self.norm_eps = _NORM_EPS if config.normalize else 0.0
+        self.norm_eps = NORM_EPS if config.normalize else 0.0
         features = hidden_size * config.windows
         units = config.bottleneck if config.head == "mlp" else 1
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}

@@ -14,6 +14,7 @@ import torch
 from firstlm import ops
 
 KEPT, SKIPPED = "▮", "▯"
+BUDGET_MODES = ("threshold", "exact")
 _FORMAT_VERSION = 1
 
 
@@ -118,6 +119,19 @@ class SkipPlan:
             f"<div>{cells} <small>{len(kept)} of {self.num_layers} layers kept, "
             f"skip rate {self.skip_rate:.0%}</small></div>"
         )
+
+
+@dataclass
+class RoutingOutput:
+    """What the routers say of some prompts.
+
+    Attributes:
+        skip_plans: one a prompt.
+        keep_prob: `[B, L]`, float32 (float64 for a float64 model).
+    """
+
+    skip_plans: list[SkipPlan]
+    keep_prob: torch.Tensor
 
 
 def plans_to_mask(
@@ -300,6 +314,19 @@ def check_protected(keep_mask: torch.Tensor, protected: Iterable[int]) -> None:
             f"skip_plan skips the protected layers {skipped}: keep them, or change "
             "model.router_config.protected"
         )
+
+
+def check_plan_choice(
+    skip_plan: object | None, budget: float | None, budget_mode: str = "threshold"
+) -> None:
+    """Raises ValueError unless at most one of plan and budget is given, and the latter is one."""
+    if skip_plan is not None and budget is not None:
+        raise ValueError("pass skip_plan or budget, not both")
+    if budget is None:
+        return
+    if budget_mode not in BUDGET_MODES:
+        raise ValueError(f"budget_mode must be one of {BUDGET_MODES}, got {budget_mode!r}")
+    check_skip_rate(budget)
 
 
 def check_skip_rate(skip_rate: float) -> None:

@@ -1,0 +1,105 @@
+"""A conversation with an engine: every turn reads only what is new.
+
+The plan of the first turn stays for the later ones, since a layer that was skipped has no keys and
+values of what was said. `replan=True`, another `skip_plan` or a `budget` reads the whole
+conversation again under new plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from firstlm.engine.answers import Generation
+from firstlm.engine.call import Call, run
+from firstlm.engine.planning import Prefilled, prefill_prompts
+from firstlm.engine.prefix import KeptSequence
+from firstlm.engine.stats import EngineStats
+from firstlm.skip_plan import SkipPlan
+
+if TYPE_CHECKING:
+    from firstlm.engine.engine import Engine
+
+
+class Chat:
+    """Made by `Engine.chat`. Turns of one conversation come one after the other.
+
+    Attributes:
+        messages: what was said so far, role and content.
+        last: `Generation` of the last turn that was not closed.
+        stats: of the last turn; `reused_tokens` are those that were not read again.
+    """
+
+    def __init__(
+        self, engine: Engine, messages: Sequence[dict[str, str]], options: dict[str, Any]
+    ) -> None:
+        self.messages = [dict(message) for message in messages]
+        self.stats = EngineStats()
+        self.last: Generation | None = None
+        self._engine = engine
+        self._options = options
+        self._kept: KeptSequence | None = None
+
+    @property
+    def skip_plan(self) -> SkipPlan | None:
+        """Of the conversation; None before the first turn."""
+        return None if self._kept is None else SkipPlan.from_mask(self._kept.keep)
+
+    def send(self, text: str, *, replan: bool = False, **options: Any) -> str:
+        """Says something and returns the answer.
+
+        Args:
+            text: of the user.
+            replan: find new plans, which reads the whole conversation again.
+            **options: of this turn, those of `Engine.generate`.
+        """
+        return "".join(self.stream(text, replan=replan, **options))
+
+    def stream(
+        self, text: str, *, replan: bool = False, **options: Any
+    ) -> Generator[str, None, None]:
+        """As `send`, piece by piece. Of an iterator that is closed, what it gave is remembered."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        call = self._engine.prepare(messages, as_text=True, **(self._options | options))
+        replan = replan or options.get("budget") is not None
+        if self._kept is not None and options.get("skip_plan") is not None:
+            replan = replan or options["skip_plan"] != self.skip_plan
+        return self._stream(messages, call, replan)
+
+    def _stream(
+        self, messages: list[dict[str, str]], call: Call, replan: bool
+    ) -> Generator[str, None, None]:
+        pieces: list[str] = []
+        steps = run(self._engine.core, call, lambda c: self._read(c, replan), one_by_one=True)
+        try:
+            for ((_, piece),) in steps:
+                if piece:
+                    pieces.append(piece)
+                    yield piece
+            self.last = call.generation(0)
+        finally:
+            steps.close()
+            self.stats = self._engine.stats = call.stats
+            if call.prefilled is not None:
+                self._kept = call.kept_sequence()
+                self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _read(self, call: Call, replan: bool) -> Prefilled:
+        core, rows = self._engine.core, call.rows
+        kept = self._kept
+        if kept is None or replan:
+            return prefill_prompts(core, rows, call.choice, call.stats)
+        self._kept = None  # what happens to it from here on is not known if this call fails
+        reused = kept.cut_to(rows[0])
+        if reused:
+            call.stats.reused_tokens += reused
+            logits = core.extend([kept.sequence], [rows[0][reused:]], [1], call.stats)
+            sequences = [kept.sequence]
+        else:  # a sliding window has dropped what would be needed: again, under the same plan
+            plan = SkipPlan.from_mask(kept.keep)
+            choice = dataclasses.replace(call.choice, skip_plan=plan, budget=None)
+            again = prefill_prompts(core, rows, choice, call.stats)
+            logits, sequences = again.logits, again.sequences
+        keep_prob = None if kept.keep_prob is None else kept.keep_prob[None]
+        return Prefilled(sequences, logits, kept.keep[None], keep_prob)

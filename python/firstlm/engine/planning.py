@@ -1,0 +1,178 @@
+"""From prompts to sequences that have a plan and the logits of the next token.
+
+The rules are those of `model.generate` on the hf path, from the same functions. Letters: B prompts,
+L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from firstlm.engine.core import DecoderCore, restrict
+from firstlm.engine.prefix import KeptSequence, PrefixStore
+from firstlm.engine.stats import EngineStats
+from firstlm.router import PREFILLS, warn_of_other_prefill
+from firstlm.skip_plan import (
+    SkipPlan,
+    check_plan_choice,
+    check_protected,
+    exact_budget_mask,
+    keep_mask_of,
+    plans_to_mask,
+)
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """How the plans of a call are found.
+
+    Attributes:
+        skip_plan: one, or one a prompt; replaces the routers.
+        budget, budget_mode: asked skip rate; see `Engine.generate`.
+        prefill: "route" or "full"; None: as the routers were trained.
+    """
+
+    skip_plan: SkipPlan | Sequence[SkipPlan] | None = None
+    budget: float | None = None
+    budget_mode: str = "threshold"
+    prefill: str | None = None
+
+    def is_open(self) -> bool:
+        """Whether no plans were asked for."""
+        return self.skip_plan is None and self.budget is None
+
+    def of_row(self, row: int) -> PlanChoice:
+        """The choice of one of the prompts alone."""
+        if self.skip_plan is None or isinstance(self.skip_plan, SkipPlan):
+            return self
+        return dataclasses.replace(self, skip_plan=self.skip_plan[row])
+
+    def check(self, core: DecoderCore, num_prompts: int) -> None:
+        """Raises ValueError or TypeError for a choice that this decoder cannot follow."""
+        check_plan_choice(self.skip_plan, self.budget, self.budget_mode)
+        if self.prefill is not None and self.prefill not in PREFILLS:
+            raise ValueError(f"prefill must be one of {PREFILLS}, got {self.prefill!r}")
+        if self.budget is not None and core.routers is None:
+            raise ValueError("a budget needs routers, and this model has none: give skip_plan")
+        if self.skip_plan is not None:
+            mask = plans_to_mask(self.skip_plan, num_prompts, core.num_layers)
+            if core.routers is not None:
+                check_protected(mask, core.routers.config.protected)
+
+    def prefill_of(self, core: DecoderCore) -> str:
+        """The prefill of this call; warns if the routers were trained with the other."""
+        if core.routers is None:
+            return self.prefill or "route"
+        prefill = self.prefill or core.routers.config.prefill
+        warn_of_other_prefill(core.routers.trained_prefill, prefill, stacklevel=5)
+        return prefill
+
+
+@dataclass
+class Prefilled:
+    """Prompts that have been read.
+
+    Attributes:
+        sequences: of the native decoder, one a prompt.
+        logits: f32 [B, V], of the next token.
+        keep: bool [B, L].
+        keep_prob: f32 [B, L]; None under given plans.
+    """
+
+    sequences: list[Any]
+    logits: torch.Tensor
+    keep: torch.Tensor
+    keep_prob: torch.Tensor | None
+
+
+def prefill_prompts(
+    core: DecoderCore,
+    prompts: Sequence[list[int]],
+    choice: PlanChoice,
+    stats: EngineStats,
+    store: PrefixStore | None = None,
+) -> Prefilled:
+    """Reads prompts, each under a plan of its own.
+
+    Args:
+        choice: checked.
+        store: where sequences of earlier calls are, for plans that are known before the pass.
+    """
+    prefill = choice.prefill_of(core)
+    keep, keep_prob = known_plans(core, len(prompts), choice)
+    if keep is not None:
+        return _planned(core, prompts, keep, keep_prob, prefill, stats, store)
+    routers = core.routers
+    assert routers is not None
+    if choice.budget is not None and choice.budget_mode == "exact":
+        everything = [float("-inf")] * core.num_layers
+        if prefill == "full":  # scores and states come from the same pass
+            sequences, logits, scores = core.routed(prompts, everything, prefill, stats)
+            keep = exact_budget_mask(scores, choice.budget, routers.config.protected)
+            restrict(sequences, keep)
+            return Prefilled(sequences, logits, keep, scores)
+        _, _, scores = core.routed(prompts, everything, prefill, stats, num_logits=0)
+        keep = exact_budget_mask(scores, choice.budget, routers.config.protected)
+        return _planned(core, prompts, keep, scores, prefill, stats, None)
+    thresholds = routers.thresholds(choice.budget)
+    sequences, logits, keep_prob = core.routed(prompts, thresholds, prefill, stats)
+    keep = torch.stack([sequence.keep_mask for sequence in sequences])
+    return Prefilled(sequences, logits, keep, keep_prob)
+
+
+def known_plans(
+    core: DecoderCore, num_prompts: int, choice: PlanChoice
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(keep [B, L], keep_prob [B, L]) where they do not depend on the prompts, else None."""
+    if choice.skip_plan is not None:
+        return plans_to_mask(choice.skip_plan, num_prompts, core.num_layers), None
+    routers = core.routers
+    if routers is None:
+        return torch.ones(num_prompts, core.num_layers, dtype=torch.bool), None
+    if routers.constant is None:
+        return None, None
+    keep_prob = routers.constant.expand(num_prompts, -1)
+    protected = routers.config.protected
+    if choice.budget is not None and choice.budget_mode == "exact":
+        return exact_budget_mask(keep_prob, choice.budget, protected), keep_prob
+    return keep_mask_of(keep_prob, routers.thresholds(choice.budget), protected), keep_prob
+
+
+def _planned(
+    core: DecoderCore,
+    prompts: Sequence[list[int]],
+    keep: torch.Tensor,
+    keep_prob: torch.Tensor | None,
+    prefill: str,
+    stats: EngineStats,
+    store: PrefixStore | None,
+) -> Prefilled:
+    """Under given plans; what an earlier call has read of a prompt under them is not read again."""
+    kept: dict[int, KeptSequence] = {}
+    if store is not None:
+        for row, prompt in enumerate(prompts):
+            # Under prefill="full" dropped layers have lost what a longer prompt would read.
+            exact = prefill == "route" or bool(keep[row].all())
+            found = store.take(prompt, keep[row]) if exact else None
+            if found is not None:
+                kept[row] = found
+    fresh = [row for row in range(len(prompts)) if row not in kept]
+    sequences: dict[int, Any] = {row: found.sequence for row, found in kept.items()}
+    parts: dict[int, torch.Tensor] = {}
+    if fresh:
+        made, logits = core.planned([prompts[row] for row in fresh], keep[fresh], prefill, stats)
+        sequences |= dict(zip(fresh, made, strict=True))
+        parts |= dict(zip(fresh, logits, strict=True))
+    if kept:
+        rest = [prompts[row][len(found.tokens) :] for row, found in kept.items()]
+        stats.reused_tokens += sum(len(found.tokens) for found in kept.values())
+        logits = core.extend([k.sequence for k in kept.values()], rest, [1] * len(kept), stats)
+        parts |= dict(zip(kept, logits, strict=True))
+    rows = range(len(prompts))
+    logits = torch.stack([parts[row] for row in rows])
+    return Prefilled([sequences[row] for row in rows], logits, keep, keep_prob)

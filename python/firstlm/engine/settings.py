@@ -1,0 +1,123 @@
+"""How an answer is drawn and where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from firstlm.engine.prompts import require_tokenizer
+from firstlm.engine.text import EngineTokenizer
+
+# What of a model's generation_config.json is a default of the engine as well.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one call.
+
+    Attributes:
+        sampling: what `firstlm.native.Decoder.decoding` takes, but for the seed.
+        seeds: one a prompt.
+        end_tokens: ids that end an answer: end of sequence, and those of `stop`.
+        stop_tokens: those of `stop` alone, which are no part of the text.
+        stop_strings: texts that end an answer.
+        max_new_tokens: at most so many.
+    """
+
+    sampling: dict[str, Any]
+    seeds: list[int]
+    end_tokens: list[int]
+    stop_tokens: list[int]
+    stop_strings: list[str]
+    max_new_tokens: int
+
+    def of_row(self, row: int) -> dict[str, Any]:
+        """The sampling settings of one prompt."""
+        return self.sampling | {"seed": self.seeds[row]}
+
+
+def generation_defaults(generation_config: Any) -> dict[str, Any]:
+    """What a model's own generation config says, as plain JSON values; unset ones are left out."""
+    defaults = {"eos_token_id": [], "do_sample": False}
+    if generation_config is None:
+        return defaults
+    said = generation_config.to_diff_dict()
+    ends = generation_config.eos_token_id
+    if ends is not None:
+        defaults["eos_token_id"] = [ends] if isinstance(ends, int) else list(ends)
+    names = ("do_sample", *SAMPLING)
+    return defaults | {name: said[name] for name in names if said.get(name) is not None}
+
+
+def settings_of(
+    defaults: Mapping[str, Any],
+    tokenizer: EngineTokenizer | None,
+    num_prompts: int,
+    *,
+    max_new_tokens: int,
+    seed: int | Sequence[int],
+    stop: str | int | Sequence[str | int] | None,
+    ignore_eos: bool,
+    **sampling: Any,
+) -> Settings:
+    """The settings of a call: what it gives, else the model's generation config, else greedy.
+
+    Args:
+        defaults: from `generation_defaults`.
+        num_prompts: of the call.
+        max_new_tokens, seed, stop, ignore_eos, **sampling: as in `Engine.generate`.
+
+    Raises:
+        TypeError, ValueError: a setting that is not accepted.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    seeds = [seed + row for row in range(num_prompts)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != num_prompts:
+        raise ValueError(
+            f"seed takes one number or one a prompt: got {len(seeds)} for {num_prompts}"
+        )
+    strings, tokens = _stops(stop, tokenizer)
+    ends = [] if ignore_eos else list(defaults.get("eos_token_id", []))
+    return Settings(
+        sampling=_sampling(defaults, sampling),
+        seeds=seeds,
+        end_tokens=sorted({*ends, *tokens}),
+        stop_tokens=tokens,
+        stop_strings=strings,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _sampling(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    own = dict(defaults)
+    if not own.get("do_sample"):
+        own["temperature"] = 0.0
+    elif "temperature" not in own:
+        own["temperature"] = 1.0
+    values = {
+        name: own.get(name, _OFF[name]) if given.get(name) is None else given[name]
+        for name in SAMPLING
+    }
+    return {name: type(_OFF[name])(value) for name, value in values.items()}
+
+
+def _stops(
+    stop: str | int | Sequence[str | int] | None, tokenizer: EngineTokenizer | None
+) -> tuple[list[str], list[int]]:
+    """(texts, token ids); a text that is one token of its own is that token."""
+    if stop is None:
+        return [], []
+    strings, tokens = [], []
+    for value in stop if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]:
+        if isinstance(value, int) and not isinstance(value, bool):
+            tokens.append(value)
+        elif isinstance(value, str) and value:
+            token = require_tokenizer(tokenizer).special_token_id(value)
+            strings.append(value) if token is None else tokens.append(token)
+        else:
+            raise TypeError(f"stop takes texts and token ids, got {value!r}")
+    return strings, tokens
