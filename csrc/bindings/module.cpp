@@ -7,6 +7,7 @@
 
 #include "../bandwidth.h"
 #include "checks.h"
+#include "engine_module.h"
 #include "skip_cache.h"
 
 namespace firstlm {
@@ -137,4 +138,6 @@ PYBIND11_MODULE(_native, m) {
       .def("reset", &SkipCacheStorage::reset)
       .def("memory", firstlm::memory)
       .def(py::pickle(&firstlm::state_of, &firstlm::cache_of));
+
+  firstlm::add_engine(m);
 }

@@ -33,6 +33,17 @@ Tensor moved(const Tensor& storage, const Reservation& reservation) {
   return fresh;
 }
 
+// Room for T more tokens at the books' next slot.
+Reservation make_room(LayerStorage& held, int64_t T) {
+  const Reservation reservation = held.books.reserve(T);
+  if (reservation.moves) {
+    held.keys = moved(held.keys, reservation);
+    held.values = moved(held.values, reservation);
+  }
+  held.books.move(reservation);
+  return reservation;
+}
+
 int64_t bytes_per_token(const Tensor& storage) {
   return storage.size(1) * storage.size(3) * storage.element_size();
 }
@@ -145,12 +156,7 @@ SkipCacheStorage::Views SkipCacheStorage::append(int64_t layer, const Tensor& ne
   const int64_t T = new_keys.size(2);
   const Tensor keys = new_keys.to(held.keys.scalar_type());
   const Tensor values = new_values.to(held.values.scalar_type());
-  const Reservation reservation = held.books.reserve(T);
-  if (reservation.moves) {
-    held.keys = moved(held.keys, reservation);
-    held.values = moved(held.values, reservation);
-  }
-  held.books.move(reservation);
+  const Reservation reservation = make_room(held, T);
   const int64_t seen_from = held.books.visible_slot();
   kv_append(held.keys, held.values, keys, values, slot_on(held.keys, held.books.next_slot()));
   held.books.append(T);
@@ -159,6 +165,22 @@ SkipCacheStorage::Views SkipCacheStorage::append(int64_t layer, const Tensor& ne
   layers_[layer] = std::move(held);
   return views;
 }
+
+const LayerStorage& SkipCacheStorage::reserve(int64_t layer, int64_t R, int64_t H, int64_t T,
+                                              int64_t D, at::ScalarType dtype) {
+  const StorageMode mode;
+  LayerStorage held = this->layer(layer);
+  if (!held.keys.defined()) {
+    held.keys = at::empty({R, H, 0, D}, dtype);
+    held.values = at::empty({R, H, 0, D}, dtype);
+    held.bytes_per_token = bytes_per_token(held.keys) + bytes_per_token(held.values);
+  }
+  make_room(held, T);
+  layers_[layer] = std::move(held);
+  return layers_[layer];
+}
+
+void SkipCacheStorage::advance(int64_t layer, int64_t T) { layers_[layer].books.append(T); }
 
 SkipCacheStorage::Views SkipCacheStorage::visible(int64_t layer) const {
   const LayerStorage& held = this->layer(layer);

@@ -49,6 +49,11 @@ class SkipCacheStorage {
   // Appends [R, H, T, D] to one layer. Returns views of what these T queries may see; they are
   // valid until the next call that changes the layer.
   Views append(int64_t layer, const at::Tensor& new_keys, const at::Tensor& new_values);
+  // For a writer of its own, the engine: room for T tokens of [R, H, T, D] in a layer, in which
+  // they go to `next_slot` of the books, and then the word that they are there.
+  const LayerStorage& reserve(int64_t layer, int64_t R, int64_t H, int64_t T, int64_t D,
+                              at::ScalarType dtype);
+  void advance(int64_t layer, int64_t T);
   // Views of what the next token sees; undefined tensors where nothing is held.
   Views visible(int64_t layer) const;
 

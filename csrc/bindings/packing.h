@@ -1,0 +1,40 @@
+// Packed weights as torch tensors of bytes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "../linear.h"
+
+namespace firstlm {
+
+// "float32", "bfloat16", "int8" or "int4"; ValueError for any other name.
+Precision parse_precision(const std::string& name);
+
+// uint8 [nbytes] that begins with a page, on huge pages where the system gives them. Not
+// initialised.
+at::Tensor empty_aligned(int64_t nbytes);
+
+int64_t packed_bytes(const std::string& precision, int64_t N, int64_t K);
+
+// weights [N, K] (f32, bf16, f16 or f64; elements of a row contiguous) -> uint8 [packed bytes], in
+// `out` if given.
+at::Tensor pack(const at::Tensor& weights, const std::string& precision, int num_threads,
+                const std::optional<at::Tensor>& out);
+
+// Its inverse, to within the precision: f32 [N, K].
+at::Tensor unpack(const at::Tensor& packed, const std::string& precision, int64_t N, int64_t K);
+
+// The tensor's bytes as a matrix. ValueError if their number or alignment does not fit; `name` is
+// for the message.
+PackedMatrix packed_matrix(const std::string& name, const at::Tensor& packed, Precision precision,
+                           int64_t N, int64_t K);
+
+// Bytes [offset, offset + target.nbytes()) of a file -> target, read by several threads. OSError
+// with the system's word; ValueError if the file ends before.
+void read_into(const std::string& path, int64_t offset, const at::Tensor& target, int num_threads);
+
+}  // namespace firstlm

@@ -1,0 +1,304 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "arithmetic.h"
+#include "decoder_pass.h"
+
+namespace firstlm {
+namespace {
+
+// So few tokens every thread prepares for itself, which is cheaper than to wait for the others.
+constexpr int64_t kFewTokens = 8;
+
+void check_matrix(const std::string& name, const PackedMatrix& matrix, int64_t N, int64_t K) {
+  if (matrix.N == N && matrix.K == K) return;
+  throw std::invalid_argument(name + " is [" + std::to_string(matrix.N) + ", " +
+                              std::to_string(matrix.K) + "]; the config asks for [" +
+                              std::to_string(N) + ", " + std::to_string(K) + "]");
+}
+
+void check_config(const DecoderConfig& config) {
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+  };
+  require(config.L > 0 && config.D > 0 && config.I > 0 && config.V > 0 && config.head_dim > 0,
+          "sizes of a decoder must be positive");
+  require(config.I % kPanelRows == 0, "intermediate_size must be padded to a multiple of 16");
+  require(config.H > 0 && config.Hq % config.H == 0,
+          "num_attention_heads must be a multiple of num_key_value_heads");
+  require(2 * static_cast<int64_t>(config.inverse_frequencies.size()) <= config.head_dim,
+          "the rotary embedding turns more than head_dim elements");
+  const auto L = static_cast<size_t>(config.L);
+  require(config.rotates.size() == L && config.windows.size() == L,
+          "rotates and windows need one entry a layer");
+  require(config.cache_dtype == DType::kFloat32 || config.cache_dtype == DType::kBFloat16,
+          "keys and values are kept in float32 or bfloat16");
+}
+
+void check_weights(const DecoderConfig& config, const DecoderWeights& weights) {
+  check_matrix("embed_tokens", weights.embedding, config.V, config.D);
+  check_matrix("lm_head", weights.head, config.V, config.D);
+  if (static_cast<int64_t>(weights.layers.size()) != config.L) {
+    throw std::invalid_argument("weights of " + std::to_string(weights.layers.size()) +
+                                " layers were given; the config has " + std::to_string(config.L));
+  }
+  const int64_t queries = config.Hq * config.head_dim;
+  for (int64_t l = 0; l < config.L; ++l) {
+    const LayerWeights& layer = weights.layers[l];
+    const std::string name = "layers." + std::to_string(l) + ".";
+    check_matrix(name + "qkv_proj", layer.qkv, queries + 2 * config.H * config.head_dim, config.D);
+    check_matrix(name + "o_proj", layer.output, config.D, queries);
+    check_matrix(name + "gate_up_proj", layer.gate_up, 2 * config.I, config.D);
+    check_matrix(name + "down_proj", layer.down, config.D, config.I);
+  }
+}
+
+int64_t outputs_of(const PackedMatrix& matrix, int64_t panel) {
+  return std::min(matrix.N, panel * kPanelRows);
+}
+
+void add_bias(const float* bias, int64_t first, int64_t last, int64_t A, float* y, int64_t stride) {
+  if (!bias) return;
+  for (int64_t a = 0; a < A; ++a) {
+    for (int64_t n = first; n < last; ++n) y[a * stride + n] += bias[n];
+  }
+}
+
+}  // namespace
+
+Decoder::Decoder(DecoderConfig config, DecoderWeights weights, const Kernels& kernels)
+    : config_(std::move(config)),
+      weights_(std::move(weights)),
+      kernels_(kernels),
+      rope_(config_.inverse_frequencies, config_.rope_scaling),
+      buffers_(std::make_unique<Buffers>()) {
+  check_config(config_);
+  check_weights(config_, weights_);
+}
+
+Decoder::~Decoder() = default;
+
+const DecoderConfig& Decoder::config() const { return config_; }
+const DecoderCounters& Decoder::counters() const { return counters_; }
+
+void Decoder::forward(Team& team, std::vector<Segment>& segments, float* logits) {
+  if (segments.empty()) return;
+  Pass(*this, team, segments, logits).run();
+}
+
+// --- One forward ------------------------------------------------------------------------------
+
+Decoder::Pass::Pass(Decoder& decoder, Team& team, std::vector<Segment>& segments, float* logits)
+    : decoder(decoder),
+      team(team),
+      segments(segments),
+      logits(logits),
+      config(decoder.config_),
+      kernels(decoder.kernels_),
+      shared(*decoder.buffers_),
+      routes(false) {
+  shared.first.assign(1, 0);
+  for (const Segment& segment : segments) {
+    shared.first.push_back(shared.first.back() + segment.T);
+    routes |= segment.routing != nullptr;
+  }
+  N = shared.first.back();
+  const int64_t queries = config.Hq * config.head_dim;
+  width = std::max({queries + 2 * config.H * config.head_dim, 2 * config.I, config.D});
+  splits = 0;
+  for (const Segment& segment : segments) {
+    if (segment.T == 1) splits = std::max(splits, ceil_div(segment.position + 1, kSlotsPerSplit));
+  }
+  shared.hidden.reserve(N * config.D);
+  shared.normed.reserve(N * config.D);
+  shared.cosines.reserve(N * decoder.rope_.rotated_dim() / 2);
+  shared.sines.reserve(N * decoder.rope_.rotated_dim() / 2);
+  shared.projected.reserve(N * width);
+  shared.inner.reserve(N * width);
+  shared.maxima.reserve(N * config.Hq * splits);
+  shared.totals.reserve(N * config.Hq * splits);
+  shared.sums.reserve(N * config.Hq * splits * padded_head_dim(config.head_dim));
+  shared.caches.resize(config.L * S());
+  shared.threads.resize(std::max<size_t>(shared.threads.size(), team.size()));
+}
+
+void Decoder::Pass::run() {
+  if (!routes) {
+    for (int64_t l = 0; l < config.L; ++l) reserve_caches(l);
+  }
+  team.run([this](Share share) { run_share(share); });
+  for (int64_t s = 0; s < S(); ++s) {
+    for (int64_t l = 0; l < config.L; ++l) {
+      if (runs(s, l)) segments[s].cache->append(l, segments[s].T);
+    }
+  }
+  ++decoder.counters_.forwards;
+}
+
+void Decoder::Pass::run_share(Share share) {
+  ActiveTokens& active = shared.threads[share.rank].active;
+  embed(share);
+  for (int64_t l = 0; l < config.L; ++l) {
+    if (routes) route(share, l);
+    find_active(l, active);
+    if (active.segments.empty()) continue;
+    if (share.rank == 0) count(l);
+    run_attention(share, l);
+    run_mlp(share, l);
+  }
+  write_logits(share);
+}
+
+void Decoder::Pass::embed(Share share) {
+  const int64_t half = decoder.rope_.rotated_dim() / 2;
+  const auto [first, last] = share.of(N);
+  int64_t s = 0;
+  for (int64_t n = first; n < last; ++n) {
+    while (shared.first[s + 1] <= n) ++s;
+    const int64_t t = n - first_of(s);
+    unpack_row(decoder.weights_.embedding, segments[s].tokens[t],
+               shared.hidden.data() + n * config.D);
+    decoder.rope_.angles(segments[s].position + t, shared.cosines.data() + n * half,
+                         shared.sines.data() + n * half);
+  }
+  team.barrier();
+}
+
+void Decoder::Pass::find_active(int64_t layer, ActiveTokens& active) const {
+  active.segments.clear();
+  active.first.clear();
+  active.rows.clear();
+  for (int64_t s = 0; s < S(); ++s) {
+    if (!runs(s, layer)) continue;
+    active.segments.push_back(s);
+    active.first.push_back(active.A());
+    for (int64_t n = first_of(s); n < first_of(s + 1); ++n) active.rows.push_back(n);
+  }
+}
+
+void Decoder::Pass::count(int64_t layer) {
+  const ActiveTokens& active = shared.threads[0].active;
+  const LayerWeights& weights = decoder.weights_.layers[layer];
+  DecoderCounters& counters = decoder.counters_;
+  counters.layer_runs += 1;
+  counters.segment_runs += static_cast<int64_t>(active.segments.size());
+  counters.weight_bytes +=
+      weights.qkv.bytes() + weights.output.bytes() + weights.gate_up.bytes() + weights.down.bytes();
+  for (const int64_t s : active.segments) {
+    const LayerCache& seen = cache(layer, s);
+    const int64_t slots = seen.next_slot + segments[s].T - seen.visible_slot;
+    counters.cache_bytes += 2 * slots * config.H * config.head_dim * size_of(config.cache_dtype);
+  }
+}
+
+// --- A layer ----------------------------------------------------------------------------------
+
+void Decoder::Pass::run_attention(Share share, int64_t layer) {
+  const LayerWeights& weights = decoder.weights_.layers[layer];
+  const ActiveTokens& active = shared.threads[share.rank].active;
+  const std::byte* input = prepare_normed(share, weights.qkv.precision, weights.attention_norm,
+                                          active.rows.data(), active.A());
+  const auto [first, last] = share.of(weights.qkv.panels());
+  float* projected = shared.projected.data();
+  multiply(kernels, weights.qkv, input, active.A(), first, last, projected, width);
+  add_bias(weights.qkv_bias, outputs_of(weights.qkv, first), outputs_of(weights.qkv, last),
+           active.A(), projected, width);
+  team.barrier();
+  attend(share, layer);
+  team.barrier();
+  input = prepare(share, weights.output.precision, shared.inner.data(), width, active.A(),
+                  config.Hq * config.head_dim);
+  add_product(share, weights.output, weights.output_bias, input, active);
+  team.barrier();
+}
+
+void Decoder::Pass::run_mlp(Share share, int64_t layer) {
+  const LayerWeights& weights = decoder.weights_.layers[layer];
+  const ActiveTokens& active = shared.threads[share.rank].active;
+  const std::byte* input = prepare_normed(share, weights.gate_up.precision, weights.mlp_norm,
+                                          active.rows.data(), active.A());
+  // A panel of gates and its panel of ups stay together.
+  const auto [first, last] = share.of(config.I / kPanelRows);
+  float* gate_up = shared.projected.data();
+  float* inner = shared.inner.data();
+  multiply(kernels, weights.gate_up, input, active.A(), 2 * first, 2 * last, gate_up, width);
+  add_bias(weights.gate_up_bias, 2 * first * kPanelRows, 2 * last * kPanelRows, active.A(), gate_up,
+           width);
+  for (int64_t a = 0; a < active.A(); ++a) {
+    silu_and_multiply(kernels, gate_up + a * width + 2 * first * kPanelRows,
+                      (last - first) * kPanelRows, inner + a * width + first * kPanelRows);
+  }
+  team.barrier();
+  input = prepare(share, weights.down.precision, inner, width, active.A(), config.I);
+  add_product(share, weights.down, weights.down_bias, input, active);
+  team.barrier();
+}
+
+const std::byte* Decoder::Pass::prepare(Share share, Precision precision, const float* x,
+                                        int64_t stride, int64_t A, int64_t K) {
+  const int64_t bytes = input_bytes(kernels, precision, A, K);
+  if (A <= kFewTokens) {
+    std::byte* input = shared.threads[share.rank].input.reserve(bytes);
+    prepare_input(kernels, precision, x, stride, A, K, 0, A, input);
+    return input;
+  }
+  // Reserved by one thread: the others see the pointer after the barrier.
+  if (share.rank == 0) shared.input.reserve(bytes);
+  team.barrier();
+  const auto [first, last] = share.of(A);
+  prepare_input(kernels, precision, x, stride, A, K, first, last, shared.input.data());
+  team.barrier();
+  return shared.input.data();
+}
+
+const std::byte* Decoder::Pass::prepare_normed(Share share, Precision precision,
+                                               const float* weight, const int64_t* rows,
+                                               int64_t A) {
+  const int64_t D = config.D;
+  const bool few = A <= kFewTokens;
+  float* normed =
+      few ? shared.threads[share.rank].normed.reserve(kFewTokens * D) : shared.normed.data();
+  const auto [first, last] = few ? Share::Range{0, A} : share.of(A);
+  for (int64_t a = first; a < last; ++a) {
+    rms_norm(kernels, shared.hidden.data() + rows[a] * D, weight, D, config.norm_eps,
+             normed + a * D);
+  }
+  return prepare(share, precision, normed, D, A, D);
+}
+
+void Decoder::Pass::add_product(Share share, const PackedMatrix& matrix, const float* bias,
+                                const std::byte* input, const ActiveTokens& active) {
+  const auto [first, last] = share.of(matrix.panels());
+  float* y = shared.projected.data();
+  multiply(kernels, matrix, input, active.A(), first, last, y, width);
+  const int64_t begin = outputs_of(matrix, first), end = outputs_of(matrix, last);
+  add_bias(bias, begin, end, active.A(), y, width);
+  for (int64_t a = 0; a < active.A(); ++a) {
+    float* hidden = shared.hidden.data() + active.rows[a] * config.D;
+    for (int64_t n = begin; n < end; ++n) hidden[n] += y[a * width + n];
+  }
+}
+
+// --- After the last layer ---------------------------------------------------------------------
+
+void Decoder::Pass::write_logits(Share share) {
+  const PackedMatrix& head = decoder.weights_.head;
+  std::vector<int64_t>& rows = shared.threads[share.rank].active.rows;
+  rows.clear();
+  for (int64_t s = 0; s < S(); ++s) {
+    const int64_t end = first_of(s + 1);
+    for (int64_t n = end - segments[s].num_logits; n < end; ++n) rows.push_back(n);
+  }
+  const auto A = static_cast<int64_t>(rows.size());
+  if (A == 0) return;
+  const std::byte* input =
+      prepare_normed(share, head.precision, decoder.weights_.final_norm, rows.data(), A);
+  const auto [first, last] = share.of(head.panels());
+  multiply(kernels, head, input, A, first, last, logits, config.V);
+  if (share.rank == 0) decoder.counters_.weight_bytes += head.bytes();
+}
+
+}  // namespace firstlm

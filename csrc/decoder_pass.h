@@ -1,0 +1,111 @@
+// One forward of a decoder: what its threads share, and what each has for itself. Inside `run`
+// every thread calls the same functions in the same order; a function that ends with a barrier says
+// so.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "buffer.h"
+#include "decoder.h"
+
+namespace firstlm {
+
+// The segments that one layer runs, and their tokens side by side, A in all.
+struct ActiveTokens {
+  std::vector<int64_t> segments;  // indices
+  std::vector<int64_t> first;     // [segments]: the first token of each, among the A
+  std::vector<int64_t> rows;      // [A]: where the token's hidden states are, among the N
+
+  int64_t A() const { return static_cast<int64_t>(rows.size()); }
+};
+
+// Of one thread, kept between forwards.
+struct ThreadScratch {
+  ActiveTokens active;
+  Buffer<float> normed;         // [few tokens, D]
+  Buffer<std::byte> input;      // of a product of few tokens
+  Buffer<float> heads;          // [G + 1, padded head_dim]: rotated queries and key of one group
+  Buffer<float> pooled;         // [W, a share of D]
+  Buffer<std::byte> attention;  // of prefill_attention
+};
+
+struct Decoder::Buffers {
+  Buffer<float> hidden;            // [N, D]
+  Buffer<float> cosines, sines;    // [N, rotated / 2]
+  Buffer<float> normed;            // [N, D]
+  Buffer<std::byte> input;         // of a product of many tokens
+  Buffer<float> projected;         // [A, widest output]
+  Buffer<float> inner;             // [A, the same]: what o_proj and down_proj read
+  Buffer<float> maxima, totals;    // [A, Hq, splits]
+  Buffer<float> sums;              // [A, Hq, splits, padded head_dim]
+  Buffer<float> pooled;            // [segments, W * D]
+  Buffer<float> units;             // [H of the router's head]
+  std::vector<int64_t> first;      // [segments + 1]: where a segment's tokens begin, among the N
+  std::vector<LayerCache> caches;  // [L, segments]
+  std::vector<ThreadScratch> threads;
+};
+
+struct Decoder::Pass {
+  Decoder& decoder;
+  Team& team;
+  std::vector<Segment>& segments;
+  float* logits;
+  const DecoderConfig& config;
+  const Kernels& kernels;
+  Buffers& shared;
+  int64_t N;       // tokens of all segments
+  bool routes;     // whether any segment is routed
+  int64_t width;   // elements between tokens of `projected` and of `inner`
+  int64_t splits;  // at most, of the slots that a segment of a single token sees
+
+  Pass(Decoder& decoder, Team& team, std::vector<Segment>& segments, float* logits);
+
+  int64_t S() const { return static_cast<int64_t>(segments.size()); }
+  int64_t group() const { return config.Hq / config.H; }
+  int64_t first_of(int64_t segment) const { return shared.first[segment]; }
+  LayerCache& cache(int64_t layer, int64_t segment) { return shared.caches[layer * S() + segment]; }
+  bool runs(int64_t segment, int64_t layer) const {
+    const Segment& s = segments[segment];
+    return (s.routing && !s.routing->skips) || s.keep[layer];
+  }
+
+  void run();
+
+  // --- decoder.cpp ---
+  void run_share(Share share);
+  void embed(Share share);  // ends with a barrier
+  void find_active(int64_t layer, ActiveTokens& active) const;
+  void run_attention(Share share, int64_t layer);  // ends with a barrier
+  void run_mlp(Share share, int64_t layer);        // ends with a barrier
+  void write_logits(Share share);
+  void count(int64_t layer);
+
+  // What a product of `precision` reads, of the A tokens of x [A, K]. May end with a barrier.
+  const std::byte* prepare(Share share, Precision precision, const float* x, int64_t stride,
+                           int64_t A, int64_t K);
+  // The same of the RMSNorm of hidden states `rows` [A].
+  const std::byte* prepare_normed(Share share, Precision precision, const float* weight,
+                                  const int64_t* rows, int64_t A);
+  // hidden[rows] += W input + bias, this thread's outputs.
+  void add_product(Share share, const PackedMatrix& matrix, const float* bias,
+                   const std::byte* input, const ActiveTokens& active);
+
+  // --- decoder_routing.cpp ---
+  void reserve_caches(int64_t layer);
+  void route(Share share, int64_t layer);  // ends with a barrier
+
+  // --- decoder_attention.cpp ---
+  void attend(Share share, int64_t layer);  // projected -> inner, without a barrier at the end
+  void store_prompts(Share share, int64_t layer);
+  void attend_prompts(Share share, int64_t layer);
+  void attend_single_tokens(Share share, int64_t layer);
+  void attend_group(Share share, int64_t layer, int64_t segment, int64_t token, int64_t kv_head,
+                    int64_t first, int64_t last);
+  void merge_head(int64_t token, int64_t head, int64_t count);
+  void rotate_queries(int64_t layer, int64_t token, int64_t row, int64_t kv_head, float* to) const;
+  void store_token(int64_t layer, const LayerCache& cache, int64_t token, int64_t row,
+                   int64_t kv_head, int64_t slot, float* scratch) const;
+};
+
+}  // namespace firstlm

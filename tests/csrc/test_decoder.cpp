@@ -1,0 +1,272 @@
+// A decoder agrees with itself however its work is cut: prompts token by token, sequences in
+// batches, teams of any size. That it agrees with transformers is tested from Python.
+#include <cmath>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "buffer.h"
+#include "catch.h"
+#include "decoder.h"
+#include "random_values.h"
+
+namespace firstlm {
+namespace {
+
+// A cache without a library behind it: every layer has room for all tokens of a test.
+class TestCache final : public SequenceCache {
+ public:
+  static constexpr int64_t kCapacity = 600;
+
+  explicit TestCache(const DecoderConfig& config) : config_(config), lengths_(config.L) {
+    const int64_t bytes =
+        config.L * config.H * kCapacity * config.head_dim * size_of(config.cache_dtype);
+    keys_.resize(bytes);
+    values_.resize(bytes);
+  }
+
+  LayerCache reserve(int64_t layer, int64_t T) override {
+    REQUIRE(lengths_[layer] + T <= kCapacity);
+    const int64_t head = kCapacity * config_.head_dim;
+    const int64_t offset = layer * config_.H * head * size_of(config_.cache_dtype);
+    const int64_t window = config_.windows[layer].value_or(kCapacity);
+    return {keys_.data() + offset, values_.data() + offset, head, lengths_[layer],
+            std::max<int64_t>(0, lengths_[layer] - window + 1)};
+  }
+  void append(int64_t layer, int64_t T) override { lengths_[layer] += T; }
+
+  const std::vector<int64_t>& lengths() const { return lengths_; }
+
+ private:
+  const DecoderConfig& config_;
+  std::vector<int64_t> lengths_;
+  std::vector<char> keys_, values_;
+};
+
+DecoderConfig small_config(DType cache_dtype) {
+  return {.L = 4,
+          .D = 40,
+          .I = 48,
+          .Hq = 6,
+          .H = 2,
+          .head_dim = 12,
+          .V = 50,
+          .norm_eps = 1e-5,
+          .attention_scale = 0.3,
+          .inverse_frequencies = {1.0f, 0.3f, 0.1f, 0.03f},
+          .rope_scaling = 1,
+          .rotates = {1, 1, 0, 1},
+          .windows = {std::nullopt, 7, std::nullopt, std::nullopt},
+          .cache_dtype = cache_dtype};
+}
+
+// Random weights, and the memory that they are in.
+class SmallModel {
+ public:
+  SmallModel(Precision precision, DType cache_dtype) : config(small_config(cache_dtype)) {
+    const int64_t queries = config.Hq * config.head_dim;
+    weights_.embedding = matrix(precision, config.V, config.D, 1);
+    weights_.head = weights_.embedding;
+    weights_.final_norm = vector(config.D, 1);
+    for (int64_t l = 0; l < config.L; ++l) {
+      weights_.layers.push_back({
+          .attention_norm = vector(config.D, 1),
+          .qkv = matrix(precision, queries + 2 * config.H * config.head_dim, config.D, 1),
+          .qkv_bias = vector(queries + 2 * config.H * config.head_dim, 0),
+          .query_norm = l % 2 ? vector(config.head_dim, 1) : nullptr,
+          .key_norm = l % 2 ? vector(config.head_dim, 1) : nullptr,
+          .output = matrix(precision, config.D, queries, 1),
+          .output_bias = l % 2 ? vector(config.D, 0) : nullptr,
+          .mlp_norm = vector(config.D, 1),
+          .gate_up = matrix(precision, 2 * config.I, config.D, 1),
+          .gate_up_bias = nullptr,
+          .down = matrix(precision, config.D, config.I, 1),
+          .down_bias = vector(config.D, 0),
+      });
+      const LayerRouter router{{PoolKind::kWindowedMean, 2},
+                               {.F = 2 * config.D,
+                                .H = 1,
+                                .weight = vector(2 * config.D, 0),
+                                .bias = vector(1, 0),
+                                .out_weight = nullptr,
+                                .out_bias = nullptr,
+                                .norm_eps = 1e-6}};
+      routers.push_back(router);
+    }
+  }
+
+  std::unique_ptr<Decoder> decoder() const {
+    return std::make_unique<Decoder>(config, weights_, kernels());
+  }
+
+  DecoderConfig config;
+  std::vector<LayerRouter> routers;
+
+ private:
+  const float* vector(int64_t n, float mean) {
+    std::vector<float> values = random_values<float>(n, ++seed_);
+    for (float& value : values) value = mean + 0.2f * value;
+    vectors_.push_back(std::move(values));
+    return vectors_.back().data();
+  }
+
+  PackedMatrix matrix(Precision precision, int64_t N, int64_t K, float scale) {
+    std::vector<float> values = random_values<float>(N * K, ++seed_);
+    for (float& value : values) value *= scale / std::sqrt(static_cast<float>(K));
+    PackedMatrix packed{precision, N, K, nullptr};
+    matrices_.emplace_back();
+    std::byte* data = matrices_.back().reserve(packed.bytes());
+    pack_panels(packed, DType::kFloat32, values.data(), K, 0, packed.panels(), data);
+    packed.data = data;
+    return packed;
+  }
+
+  int seed_ = 0;
+  DecoderWeights weights_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<Buffer<std::byte>> matrices_;
+};
+
+struct Conversation {
+  std::vector<int64_t> tokens;
+  std::vector<uint8_t> keep;
+  TestCache cache;
+
+  Conversation(const DecoderConfig& config, int64_t T, int seed)
+      : tokens(T), keep(config.L, 1), cache(config) {
+    std::mt19937 random(seed);
+    for (int64_t& token : tokens) token = random() % config.V;
+  }
+
+  // The tokens [first, last); logits of all of them.
+  Segment segment(int64_t first, int64_t last) {
+    return {.tokens = tokens.data() + first,
+            .T = last - first,
+            .position = first,
+            .cache = &cache,
+            .keep = keep.data(),
+            .routing = nullptr,
+            .keep_prob = nullptr,
+            .num_logits = last - first};
+  }
+};
+
+std::vector<float> run(Decoder& decoder, Team& team, std::vector<Segment> segments) {
+  int64_t wanted = 0;
+  for (const Segment& segment : segments) wanted += segment.num_logits;
+  std::vector<float> logits(wanted * decoder.config().V);
+  decoder.forward(team, segments, logits.data());
+  return logits;
+}
+
+double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  REQUIRE(a.size() == b.size());
+  double largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) largest = std::max<double>(largest, std::abs(a[i] - b[i]));
+  return largest;
+}
+
+}  // namespace
+
+TEST_CASE("decoder: a prompt in pieces gives the logits of the prompt as a whole") {
+  const SmallModel model(Precision::kFloat32, DType::kFloat32);
+  const auto decoder = model.decoder();
+  Team team(2);
+  const int64_t T = 300;  // more than one split
+  Conversation whole(model.config, T, 1);
+  whole.keep = {1, 1, 0, 1};
+  const std::vector<float> expected = run(*decoder, team, {whole.segment(0, T)});
+  for (const int64_t step : {1, 7, 299}) {
+    Conversation pieces(model.config, T, 1);
+    pieces.keep = whole.keep;
+    std::vector<float> logits;
+    for (int64_t first = 0; first < T; first += step) {
+      const auto piece = run(*decoder, team, {pieces.segment(first, std::min(T, first + step))});
+      logits.insert(logits.end(), piece.begin(), piece.end());
+    }
+    CHECK(largest_difference(logits, expected) < 2e-4);
+    CHECK(pieces.cache.lengths() == std::vector<int64_t>{T, T, 0, T});
+  }
+}
+
+TEST_CASE("decoder: neither the batch nor the team changes a bit") {
+  for (const Precision precision :
+       {Precision::kFloat32, Precision::kBFloat16, Precision::kInt8, Precision::kInt4}) {
+    const SmallModel model(precision, DType::kBFloat16);
+    const auto decoder = model.decoder();
+    // A prompt of many tokens, one of few, and two sequences that go on with single tokens.
+    const std::vector<int64_t> before{0, 0, 5, 270}, added{30, 3, 1, 1};
+    const std::vector<std::vector<uint8_t>> keep{
+        {1, 1, 1, 1}, {0, 1, 0, 1}, {1, 0, 0, 1}, {0, 1, 1, 0}};
+    const auto conversations = [&](Team& team) {
+      std::vector<std::unique_ptr<Conversation>> all;
+      for (int i = 0; i < 4; ++i) {
+        all.push_back(std::make_unique<Conversation>(model.config, before[i] + added[i], i));
+        all[i]->keep = keep[i];
+        if (before[i] > 0) run(*decoder, team, {all[i]->segment(0, before[i])});
+      }
+      return all;
+    };
+    std::vector<float> expected;
+    Team one(1);
+    const auto alone = conversations(one);
+    for (int i = 0; i < 4; ++i) {
+      const auto logits = run(*decoder, one, {alone[i]->segment(before[i], before[i] + added[i])});
+      expected.insert(expected.end(), logits.begin(), logits.end());
+    }
+    for (const int size : {1, 2, 5}) {
+      Team team(size);
+      const auto all = conversations(team);
+      std::vector<Segment> segments;
+      for (int i = 0; i < 4; ++i) {
+        segments.push_back(all[i]->segment(before[i], before[i] + added[i]));
+      }
+      CHECK(run(*decoder, team, segments) == expected);
+    }
+  }
+}
+
+TEST_CASE("decoder: a routed prompt gives what its plan gives, and skips or runs what it drops") {
+  const SmallModel model(Precision::kFloat32, DType::kFloat32);
+  const auto decoder = model.decoder();
+  Team team(2);
+  const std::vector<float> thresholds(model.config.L, 0.5f);
+  bool any_dropped = false;
+  for (const int seed : {1, 2, 3, 4, 5}) {
+    for (const bool skips : {true, false}) {
+      const Routing routing{model.routers.data(), thresholds.data(), skips};
+      Conversation routed(model.config, 11, seed), planned(model.config, 11, seed);
+      std::vector<float> keep_prob(model.config.L, -1);
+      Segment segment = routed.segment(0, 11);
+      segment.routing = &routing;
+      segment.keep_prob = keep_prob.data();
+      const int64_t runs_before = decoder->counters().layer_runs;
+      const std::vector<float> logits = run(*decoder, team, {segment});
+      int64_t kept = 0;
+      for (int64_t l = 0; l < model.config.L; ++l) {
+        CHECK(routed.keep[l] == (keep_prob[l] >= 0.5f));
+        kept += routed.keep[l];
+      }
+      any_dropped |= kept < model.config.L;
+      CHECK(decoder->counters().layer_runs - runs_before == (skips ? kept : model.config.L));
+      if (skips) planned.keep = routed.keep;
+      CHECK(run(*decoder, team, {planned.segment(0, 11)}) == logits);
+    }
+  }
+  CHECK(any_dropped);
+}
+
+TEST_CASE("decoder: shapes that do not fit the config are named") {
+  const SmallModel model(Precision::kFloat32, DType::kFloat32);
+  DecoderConfig config = model.config;
+  config.I = 40;
+  CHECK_THROWS_WITH(Decoder(config, DecoderWeights{}, kernels()),
+                    "intermediate_size must be padded to a multiple of 16");
+  config = model.config;
+  DecoderWeights weights{};
+  weights.embedding = {Precision::kFloat32, config.V, 7, nullptr};
+  CHECK_THROWS_WITH(Decoder(config, weights, kernels()),
+                    "embed_tokens is [50, 7]; the config asks for [50, 40]");
+}
+
+}  // namespace firstlm
