@@ -55,7 +55,7 @@ class Effort:
         read_bytes: of the buffer that the read bandwidth is measured with.
     """
 
-    repeats: int = 7
+    repeats: int = 5
     hf_repeats: int = 2
     new_tokens: int = 32
     prompt_tokens: tuple[int, ...] = (64, 256, 1024)
