@@ -72,6 +72,10 @@ void Decoder::Pass::route(Share share, int64_t layer) {
                   1, 1, shared.units.data(), &logit);
       segment.keep_prob[layer] = sigmoid(logit);
       segment.keep[layer] = segment.keep_prob[layer] >= segment.routing->thresholds[layer];
+      // Skipping everything is not a plan: such a prompt keeps the last layer.
+      const bool keeps_none = std::none_of(segment.keep, segment.keep + layer + 1,
+                                           [](uint8_t kept) { return kept != 0; });
+      if (layer == config.L - 1 && keeps_none) segment.keep[layer] = 1;
     }
     reserve_caches(layer);
     decoder.counters_.router_nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(

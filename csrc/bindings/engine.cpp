@@ -143,6 +143,13 @@ void Sequence::crop(int64_t length) {
   length_ = length;
 }
 
+void Sequence::restrict_to(const std::vector<uint8_t>& keep) {
+  TORCH_CHECK_VALUE(keep.size() == keep_.size(), "keep has ", keep.size(), " layers; expected ",
+                    keep_.size(), has_plan() ? "" : ": the sequence has no plan yet");
+  storage_.restrict_to(KeepMask(1, static_cast<int64_t>(keep.size()), keep));
+  keep_ = keep;
+}
+
 void Sequence::passed(int64_t T, const std::vector<uint8_t>& keep) {
   length_ += T;
   if (has_plan()) return;

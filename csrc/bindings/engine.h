@@ -32,6 +32,10 @@ class Sequence final : public SequenceCache {
   // needed.
   void crop(int64_t length);
 
+  // Loses the layers that `keep` [L] drops, with their keys and values. ValueError if it keeps one
+  // that was lost before.
+  void restrict_to(const std::vector<uint8_t>& keep);
+
   LayerCache reserve(int64_t layer, int64_t T) override;
   void append(int64_t layer, int64_t T) override { storage_.advance(layer, T); }
 

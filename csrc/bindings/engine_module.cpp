@@ -156,6 +156,17 @@ void add_engine(py::module_& m) {
       .def_property_readonly("keep_mask", keep_mask)
       .def("memory", memory)
       .def("crop", &Sequence::crop, py::arg("length"))
+      .def(
+          "restrict",
+          [](Sequence& sequence, const Tensor& keep) {
+            TORCH_CHECK_TYPE(keep.scalar_type() == at::kBool && keep.device().is_cpu(), "keep is ",
+                             keep.scalar_type(), " on ", keep.device(),
+                             "; expected bool on the CPU");
+            const Tensor dense = keep.contiguous();
+            const bool* flags = dense.const_data_ptr<bool>();
+            sequence.restrict_to({flags, flags + dense.numel()});
+          },
+          py::arg("keep"))
       .def("copy", [](const Sequence& sequence) { return std::make_shared<Sequence>(sequence); });
 
   py::class_<Decoding, std::shared_ptr<Decoding>>(m, "Decoding")
