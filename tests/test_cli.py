@@ -42,8 +42,9 @@ def checkpoint(base: Path, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], base: Path):
     monkeypatch.setenv("FIRSTLM_DEBUG", "")
+    monkeypatch.setenv("FIRSTLM_CACHE", str(base.parent / "cache"))
 
     def run(*arguments: object, stdin: str = "") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["firstlm", *map(str, arguments)])
@@ -255,7 +256,7 @@ def test_tokens_are_counted_up_to_any_end_of_the_generation_config(
 
     ends: list[int] = []
     monkeypatch.setattr(cli_input, "load", with_ends)
-    options = ("generate", "-c", checkpoint, "-n", 6, "--json", "--file")
+    options = ("generate", "-c", checkpoint, "--engine", "hf", "-n", 6, "--json", "--file")
     file = checkpoint.parent / "two.jsonl"
     file.write_text('{"prompt": "hello"}\n{"prompt": "another"}\n')
     command(*options, file)

@@ -178,7 +178,11 @@ def _leave_process_group() -> None:
 @reports_errors
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without it (or with '-') stdin is read.")
+        str | None,
+        typer.Argument(
+            help="The prompt; without it (or with '-') stdin is read, or a conversation begins "
+            "if that is a terminal."
+        ),
     ] = None,
     checkpoint: Checkpoint = "embedded",
     file: PromptFile = None,
@@ -203,55 +207,65 @@ def generate(
         typer.Option(help="Print words as they come; default: on a terminal."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --file decoded together.")] = 8,
+    engine: Annotated[
+        Literal["auto", "native", "hf"],
+        typer.Option(
+            help="'native': firstlm's own decode loop, from packed weights; 'hf': transformers' "
+            "generate; 'auto': native where it runs the model."
+        ),
+    ] = "auto",
+    precision: Annotated[
+        Literal["float32", "bfloat16", "int8", "int4"] | None,
+        typer.Option(help="Of the native engine's weights; default: int8."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as torch uses.")
+    ] = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, or every line of a JSONL file, each under a skip plan of its own.
 
-    The answer goes to stdout, the plan to stderr. With --json: one JSON object a prompt and line,
-    with text, tokens, skip_plan, skip_rate and keep_prob.
+    Without a prompt, on a terminal: a conversation. The answer goes to stdout, the plan and the
+    path that runs to stderr. With --json: one JSON object a prompt and line, with text, tokens,
+    skip_plan, skip_rate and keep_prob.
 
     Example: firstlm generate -c runs/quickstart/checkpoint --budget 0.3 'Summarize: ...'
     """
-    prompts = cli_input.read_prompts([prompt] if prompt is not None else [], file)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    interactive = prompt is None and file is None and sys.stdin.isatty() and not as_json
+    if interactive and raw:
+        raise typer.BadParameter("--raw needs a prompt: a conversation needs the chat template")
+    prompts = cli_input.read_prompts([prompt] if prompt is not None else [], file, interactive)
+    sampling: dict[str, Any] = {"temperature": temperature}
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": top_k or 0}
-        sampling |= {"top_p": 1.0 if top_p is None else top_p}
+        sampling |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
     elif top_k is not None or top_p is not None:
         raise typer.BadParameter("--top-k and --top-p need --temperature above 0")
-    model, tokenizer = cli_input.load(checkpoint, dtype)
-    choice = cli_input.plan_arguments(model, skip_plan, budget, budget_mode)
+    from firstlm import cli_runner
 
-    from transformers import TextStreamer, set_seed
-
-    set_seed(seed)
+    options = cli_runner.Options(
+        raw, max_new_tokens, sampling, seed, skip_plan, budget, budget_mode
+    )
+    runner = cli_runner.choose(engine, checkpoint, precision, threads, dtype, options)
+    if interactive:
+        cli_runner.converse(runner)
+        return
     if stream is None:
         stream = sys.stdout.isatty()
     streaming = stream and len(prompts) == 1 and not as_json
+    say = functools.partial(typer.echo, nl=False) if streaming else None
     for rows in cli_input.batches(prompts, batch_size):
-        inputs = cli_input.encode(rows, tokenizer, model, raw)
-        if streaming:
-            sampling["streamer"] = TextStreamer(
-                tokenizer, skip_prompt=True, skip_special_tokens=True
-            )
-        output = model.generate(
-            **inputs, **choice, **sampling, max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-        ends = cli_input.end_tokens(model, tokenizer)
-        for row, text in enumerate(texts):
-            plan, ids = output.skip_plans[row], new_tokens[row].tolist()
+        for row, answer in zip(rows, runner.answer(rows, say), strict=True):
             if as_json:
-                tokens = next((n for n, i in enumerate(ids, start=1) if i in ends), len(ids))
-                fields = {"prompt": rows[row], "text": text, "tokens": tokens}
-                typer.echo(json.dumps(fields | cli_input.plan_fields(plan, output.keep_prob[row])))
+                fields = {"prompt": row, "text": answer.text, "tokens": answer.tokens}
+                plan_fields = cli_input.plan_fields(answer.skip_plan, answer.keep_prob)
+                typer.echo(json.dumps(fields | plan_fields))
                 continue
-            if not streaming:
-                typer.echo(text)
-            cli_input.note(f"{plan}  skip rate {plan.skip_rate:.1%}")
+            typer.echo("" if streaming else answer.text)
+            rate = f"skip rate {answer.skip_plan.skip_rate:.1%}"
+            cli_input.note(f"{answer.skip_plan}  {rate}  {runner.name}")
+    if as_json:
+        cli_input.note(runner.name)
 
 
 @app.command()
@@ -280,7 +294,7 @@ def plan(
     """
     texts = cli_input.read_prompts(prompts or [], file)
     model, tokenizer = cli_input.load(checkpoint, dtype)
-    choice = cli_input.plan_arguments(model, None, budget, budget_mode)
+    choice = cli_input.plan_arguments(len(model.decoder_layers), None, budget, budget_mode)
     for rows in cli_input.batches(texts, 8):
         routing = model.plan(**cli_input.encode(rows, tokenizer, model, raw), **choice)
         for row, skip_plan in enumerate(routing.skip_plans):

@@ -45,8 +45,10 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(map(int, found))
 
 
-def read_prompts(given: list[str], file: str | None) -> list[Any]:
-    """Texts or chats, from the command line, a JSONL file, or stdin."""
+def read_prompts(given: list[str], file: str | None, interactive: bool = False) -> list[Any]:
+    """Texts or chats, from the command line, a JSONL file, or stdin; none for a conversation."""
+    if interactive:
+        return []
     if file is not None:
         if given:
             raise typer.BadParameter("give a prompt or --file, not both")
@@ -127,7 +129,8 @@ def check_model_exists(name: str) -> None:
     if embedded_model.is_alias(name) or path.is_file():
         return
     if path.is_dir():
-        if not (checkpoint.is_checkpoint(path) or (path / "config.json").is_file()):
+        names = ("config.json", "engine.json")
+        if not (checkpoint.is_checkpoint(path) or any((path / n).is_file() for n in names)):
             raise ValueError(
                 f"{name} is neither a firstlm checkpoint (no router_config.json) nor a "
                 "Hugging Face model (no config.json)"
@@ -153,8 +156,12 @@ def load(checkpoint: str, dtype: str | None):
     warnings.filterwarnings("ignore", category=FutureWarning)
     model = from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
     if not is_checkpoint(checkpoint):
-        note(f"{checkpoint} has no trained routers: every layer is kept; see `firstlm train`")
+        note_no_routers(checkpoint)
     return model, load_tokenizer(checkpoint)
+
+
+def note_no_routers(checkpoint: str) -> None:
+    note(f"{checkpoint} has no trained routers: every layer is kept; see `firstlm train`")
 
 
 def encode(rows: list[Any], tokenizer, model, raw: bool) -> dict[str, Any]:
@@ -167,7 +174,7 @@ def encode(rows: list[Any], tokenizer, model, raw: bool) -> dict[str, Any]:
 
 
 def plan_arguments(
-    model, skip_plan: str | None, budget: float | None, budget_mode: str
+    num_layers: int, skip_plan: str | None, budget: float | None, budget_mode: str
 ) -> dict[str, Any]:
     if budget is not None:
         if skip_plan is not None:
@@ -175,7 +182,7 @@ def plan_arguments(
         return {"budget": budget, "budget_mode": budget_mode}
     if skip_plan is None:
         return {}
-    return {"skip_plan": parse_plan(skip_plan, len(model.decoder_layers))}
+    return {"skip_plan": parse_plan(skip_plan, num_layers)}
 
 
 def parse_plan(text: str, num_layers: int):
@@ -204,7 +211,7 @@ def plan_fields(skip_plan, keep_prob) -> dict[str, Any]:
     return {
         "skip_plan": json.loads(skip_plan.to_json()),
         "skip_rate": skip_plan.skip_rate,
-        "keep_prob": [round(p, 6) for p in keep_prob.tolist()],
+        "keep_prob": None if keep_prob is None else [round(p, 6) for p in keep_prob.tolist()],
     }
 
 

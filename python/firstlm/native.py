@@ -15,8 +15,30 @@ except ImportError as error:
 
 from pathlib import Path
 
-read_all = _native.read_all
+Decoder = _native.Decoder
+Decoding = _native.Decoding
+Sequence = _native.Sequence
 SkipCacheStorage = _native.SkipCacheStorage
+empty_aligned = _native.empty_aligned
+pack = _native.pack
+packed_bytes = _native.packed_bytes
+probabilities = _native.probabilities
+read_all = _native.read_all
+read_into = _native.read_into
+unpack = _native.unpack
 LIBRARY = Path(_native.__file__)
 
-__all__ = ["LIBRARY", "SkipCacheStorage", "read_all"]
+__all__ = [
+    "LIBRARY",
+    "Decoder",
+    "Decoding",
+    "Sequence",
+    "SkipCacheStorage",
+    "empty_aligned",
+    "pack",
+    "packed_bytes",
+    "probabilities",
+    "read_all",
+    "read_into",
+    "unpack",
+]
