@@ -148,8 +148,10 @@ def test_llama_cpp_produces_the_greedy_tokens_and_again(bench_model):
     assert arm.sizes.head == hf.head + 4 * hidden  # the last norm
 
 
-@pytest.mark.skipif(not hasattr(firstlm, "Engine"), reason="the engine is not built")
-def test_the_engine_produces_the_greedy_tokens_and_counts_its_bytes(bench_model):
+def test_the_engine_produces_the_greedy_tokens_and_counts_its_bytes(
+    bench_model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path))  # of packed weights
     expected = greedy(bench_model.hf, PROMPT, 6)
     arm = NativeArm(bench_model, "float32", threads=1)
     assert arm.run([PROMPT], 6).tokens == [expected]
@@ -362,3 +364,25 @@ def test_a_missing_peer_is_one_line(model_folder, monkeypatch, capsys):
     assert exit.value.code == 1
     assert err.startswith("firstlm: error: ") and err.count("\n") == 1
     assert "pip install 'firstlm[bench]'" in err
+
+
+def test_the_command_measures_the_engine(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path))
+    options = ["-c", model_folder, "--quick", "--precision", "f32,int8", "--threads", 1, "--json"]
+    found = json.loads(run_command(monkeypatch, capsys, "decode", *options))
+    check_rows(found)
+    cases = ["prompt of 8", "context of 16"]
+    cases += [f"{p}, {what}" for what in ("kept layers", "batches") for p in ("float32", "int8")]
+    assert list(dict.fromkeys(row["case"] for row in found["rows"])) == cases
+    for row in found["rows"]:
+        if row["plans"] == "full" and row["batch"] == 1:
+            assert row["ideal_speedup"] == 1
+        elif row["plans"] == "different":
+            assert row["layers_read"] > row["kept_layers"]
+        else:
+            assert row["ideal_speedup"] > 1
+    kept = [bar["quantity"] for bar in found["bars"] if "layers" in bar["quantity"]]
+    assert [text.split(":")[0] for text in kept] == [
+        f"{p}, {k} of 3 layers" for p in ("float32", "int8") for k in (2, 1)
+    ]
+    assert "| layers kept |" in bench_tables.tables(found)

@@ -150,13 +150,9 @@ class NativeArm(Arm):
     _GREEDY: dict[str, Any] = {"temperature": 0.0}  # noqa: RUF012
 
     def __init__(self, model: BenchModel, precision: str, *, threads: int) -> None:
-        import firstlm
-
         self.precision = precision
-        engine = firstlm.Engine.from_pretrained(
-            model.path, precision=precision, num_threads=threads
-        )
-        self._decoder = engine.core.decoder
+        engine = model.engine(precision, threads)
+        self._decoder = engine.core.decoder  # nothing else of it is timed
         self._num_layers = model.hf.config.num_hidden_layers
         self._sequences: list[Any] = []
         self._logits = torch.empty(0)

@@ -19,6 +19,8 @@ from firstlm import embedded_model, gguf_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from firstlm.engine import Engine
+
 # The engine's precision -> the GGUF types of about as many bits.
 EQUAL_GGUF = {
     "float32": ("f32",),
@@ -45,6 +47,15 @@ class BenchModel:
     tokenizer: PreTrainedTokenizerBase
     gguf_folder: Path
 
+    def engine(self, precision: str, num_threads: int) -> Engine:
+        """firstlm's engine with these weights."""
+        import firstlm
+
+        with without_weight_bars():
+            return firstlm.Engine.from_pretrained(
+                self.path, precision=precision, num_threads=num_threads
+            )
+
     def gguf(self, kinds: Sequence[str], num_threads: int = 0) -> dict[str, Path]:
         """GGUF files of `gguf_files.TYPES`; those that are not there yet are made."""
         return gguf_files.gguf_files(
@@ -62,7 +73,7 @@ def load(path: str, work_dir: str | os.PathLike[str] | None = None) -> BenchMode
     import firstlm
     from firstlm.tokenizer import load_tokenizer
 
-    with _without_weight_bars():
+    with without_weight_bars():
         routed = firstlm.from_pretrained(path, dtype=torch.float32, merge_adapter=True)
     hf = _plain(routed.config, plain_weights(routed), torch.float32)
     folder = Path(work_dir) if work_dir else embedded_model.cache_dir() / "gguf"
@@ -100,7 +111,8 @@ def _digest(model: PreTrainedModel) -> str:
 
 
 @contextlib.contextmanager
-def _without_weight_bars() -> Iterator[None]:
+def without_weight_bars() -> Iterator[None]:
+    """transformers loads weights without a progress bar, which would tear ours."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

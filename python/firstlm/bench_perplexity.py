@@ -206,13 +206,10 @@ class NativeScorer(Scorer):
     runtime = NATIVE
 
     def __init__(self, model: BenchModel, precision: str, threads: int) -> None:
-        import firstlm
         from firstlm.skip_plan import SkipPlan
 
         self.precision = precision
-        self._engine = firstlm.Engine.from_pretrained(
-            model.path, precision=precision, num_threads=threads
-        )
+        self._engine = model.engine(precision, threads)
         self._plan = SkipPlan.full(model.hf.config.num_hidden_layers)
         self.weight_bytes = self._engine.weight_bytes
 
