@@ -78,7 +78,8 @@ def test_bars_are_for_our_engine():
         return {"runtime": runtime, "precision": precision, "corpus": "c", "ratio": ratio}
 
     rows = [row("firstlm", "int8", 1.02), row("firstlm", "int4", 1.02), row("llama.cpp", "q8_0", 9)]
-    assert [bar["met"] for bar in bench_perplexity.bars(rows)] == [False, True]
+    rows.append(row("firstlm", "int4", 0.7))  # another model, not a better one
+    assert [bar["met"] for bar in bench_perplexity.bars(rows)] == [False, True, False]
 
 
 @pytest.mark.parametrize("against", ["hf", "hf,llama.cpp"])
