@@ -24,8 +24,8 @@ from firstlm.bench_models import EQUAL_GGUF, PRECISIONS, BenchModel
 from firstlm.bench_text import Window, windows
 from firstlm.corpus import CORPUS_NAMES
 
-# How far the engine's perplexity may be from float32's, as a share. Lower is a fault too: 4 bits can
-# round a small adapter away, and what is left is the base, which may well do better on some text.
+# How far the engine may be from float32, as a share of its perplexity. Lower is a fault too: 4 bits
+# can round a small adapter away, and what is left is the base, which may do better on some text.
 BARS = {"bfloat16": 0.005, "int8": 0.01, "int4": 0.04}
 
 
