@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,15 @@ import firstlm
 from firstlm import cli, cli_input
 from firstlm.skip_plan import SkipPlan
 from tiny_gguf import draw_routers, tiny_model_folder
+from tiny_models import tiny_base_path
+from tiny_tokenizer import tiny_tokenizer
 
 LAYERS = 6
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 class Outcome(NamedTuple):
@@ -46,9 +54,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setenv("FIRSTLM_DEBUG", "")
     monkeypatch.setenv("FIRSTLM_CACHE", str(base.parent / "cache"))
 
-    def run(*arguments: object, stdin: str = "") -> Outcome:
+    def run(*arguments: object, stdin: str | io.StringIO = "") -> Outcome:
         monkeypatch.setattr(sys, "argv", ["firstlm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         with pytest.raises(SystemExit) as exit:
             cli.main()
         captured = capsys.readouterr()
@@ -318,3 +326,49 @@ def test_plans_in_every_written_form() -> None:
     plan = SkipPlan((0, 2), 3)
     assert cli_input.parse_plan("▮▯▮", 3) == cli_input.parse_plan(plan.to_json(), 3) == plan
     assert cli_input.parse_plan("full", 3) == SkipPlan.full(3)
+
+
+def test_it_says_which_path_runs_and_both_answer_alike(command, checkpoint: Path) -> None:
+    options = ("generate", "-c", checkpoint, "-n", 6)
+    native = command(*options, "--engine", "native", "--precision", "float32", "hello")
+    hf = command(*options, "--engine", "hf", "hello")
+    assert native.out == hf.out != ""
+    assert "native engine, float32" in native.err and "hf path, float32" in hf.err
+    assert "native engine, int8, 1 threads" in command(*options, "--threads", 1, "hello").err
+    assert "hf path, float64" in command(*options, "--dtype", "float64", "hello").err
+    for wrong in (["--engine", "hf", "--precision", "int8"], ["--engine", "native", "--dtype"]):
+        extra = ["float32"] if wrong[-1] == "--dtype" else []
+        assert command(*options, *wrong, *extra, "hello").code == 2
+
+
+def test_other_families_take_the_hf_path(command, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny_base_path("gpt2"), folder)
+    tiny_tokenizer().save_pretrained(folder)
+    options = ("generate", "-c", folder, "-n", 3, "a b")
+    result = command(*options)
+    assert result.code == 0
+    assert "does not run the family 'gpt2'" in result.err and "hf path, float32" in result.err
+    refused = command(*options, "--engine", "native")
+    assert refused.code == 1 and "'gpt2'" in refused.err
+
+
+@pytest.mark.parametrize("engine", ["native", "hf"])
+def test_without_a_prompt_on_a_terminal_it_converses(
+    command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    lines = iter(["hello", "", "and then?", "/new", "hello"])
+
+    def question(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", question)
+    result = command("generate", "-c", checkpoint, "--engine", engine, "-n", 4, stdin=Terminal())
+    assert result.code == 0
+    plans = [line.split()[0] for line in result.err.splitlines() if "▮" in line]
+    assert len(plans) == 3 and len(set(plans)) == 1
+    answers = [line for line in result.out.splitlines() if line]
+    assert answers[0] == answers[-1]

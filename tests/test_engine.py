@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 import threading
 
 import pytest
@@ -559,3 +561,15 @@ def test_another_prefill_than_trained_warns(checkpoint):
     engine = Engine.from_pretrained(checkpoint, "float32", progress=False)
     with pytest.warns(UserWarning, match="trained with prefill='route'"):
         engine.generate(ROWS[0], prefill="full", max_new_tokens=2)
+
+
+def test_an_interrupt_ends_a_long_answer_and_the_engine_lives_on(llama, monkeypatch):
+    """Ctrl-C while an answer is made: the signal's handler runs between two chunks of steps."""
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 10**6)
+    engine = engine_of(llama)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(ROWS[0], max_new_tokens=900_000, ignore_eos=True)
+    assert 0 < engine.stats.new_tokens < 900_000
+    assert engine.generate(ROWS, max_new_tokens=NEW) == hf_tokens(llama, ROWS)

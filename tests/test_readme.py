@@ -36,6 +36,7 @@ def after_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     AutoTokenizer.from_pretrained(base).save_pretrained(checkpoint)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
