@@ -328,13 +328,18 @@ def test_plans_in_every_written_form() -> None:
     assert cli_input.parse_plan("full", 3) == SkipPlan.full(3)
 
 
-def test_it_says_which_path_runs_and_both_answer_alike(command, checkpoint: Path) -> None:
+def test_it_says_which_path_runs_and_both_answer_alike(
+    command, checkpoint: Path, tmp_path: Path
+) -> None:
     options = ("generate", "-c", checkpoint, "-n", 6)
     native = command(*options, "--engine", "native", "--precision", "float32", "hello")
     hf = command(*options, "--engine", "hf", "hello")
     assert native.out == hf.out != ""
     assert "native engine, float32" in native.err and "hf path, float32" in hf.err
     assert "native engine, int8, 1 threads" in command(*options, "--threads", 1, "hello").err
+    firstlm.Engine.from_pretrained(checkpoint, "float32", cache=False).save(tmp_path / "saved")
+    saved = command("generate", "-c", tmp_path / "saved", "-n", 6, "hello")
+    assert saved.out == hf.out and "native engine, float32" in saved.err
     assert "hf path, float64" in command(*options, "--dtype", "float64", "hello").err
     for wrong in (["--engine", "hf", "--precision", "int8"], ["--engine", "native", "--dtype"]):
         extra = ["float32"] if wrong[-1] == "--dtype" else []

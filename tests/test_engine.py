@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import signal
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -479,6 +482,9 @@ def test_threads_and_engines_do_not_disturb_each_other(llama, llama_engine):
     found = [None] * len(engines)
 
     def work(index):
+        plan = SkipPlan((0, 2), NUM_LAYERS)
+        for row in ROWS:  # under a known plan, whose sequences are kept for later calls
+            engines[index].generate(row, max_new_tokens=8, skip_plan=plan)
         found[index] = engines[index].generate(ROWS, max_new_tokens=64, ignore_eos=True)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(engines))]
@@ -573,3 +579,38 @@ def test_an_interrupt_ends_a_long_answer_and_the_engine_lives_on(llama, monkeypa
         engine.generate(ROWS[0], max_new_tokens=900_000, ignore_eos=True)
     assert 0 < engine.stats.new_tokens < 900_000
     assert engine.generate(ROWS, max_new_tokens=NEW) == hf_tokens(llama, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("precision", "head", "tolerance"),
+    [
+        ("bfloat16", None, 0.05),
+        ("int8", None, 0.05),
+        ("int4", None, 0.5),
+        ("int4", "int8", 0.5),
+        ("float32", "int8", 0.05),
+    ],
+)
+def test_other_precisions_are_near_float32(llama, llama_engine, precision, head, tolerance):
+    engine = engine_of(llama, precision=precision, head_precision=head)
+    plan = SkipPlan((0, 1, 3, 4), NUM_LAYERS)
+    continuation = prompts([50], seed=2)[0].tolist()
+    expected = llama_engine.score(ROWS[0], continuation, skip_plan=plan)
+    found = engine.score(ROWS[0], continuation, skip_plan=plan)
+    error = (found - expected).abs().mean().item()
+    assert 0 < error < tolerance
+    assert engine.weight_bytes < llama_engine.weight_bytes
+
+
+def test_the_comparison_of_real_models_finds_and_judges_divergences(llama, llama_engine):
+    script = Path(__file__).parent.parent / "scripts" / "check_engine.py"
+    spec = importlib.util.spec_from_file_location("check_engine", script)
+    check = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = check
+    spec.loader.exec_module(check)
+    same = check.compare(llama, llama_engine, ROWS, NEW)
+    assert (same["divergences"], same["not_allowed"]) == (0, 0)
+    assert 0 < same["largest_logit_difference"] < 1e-3
+    other = engine_of(routed_model("llama", torch.float32, draw=False))  # keeps every layer
+    found = check.compare(llama, other, ROWS, NEW)
+    assert found["not_allowed"] == found["divergences"] >= 3

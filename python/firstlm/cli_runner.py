@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import typer
@@ -192,7 +193,10 @@ def choose(
     from firstlm.engine.config import UnsupportedModel
 
     try:
-        native = Engine.from_pretrained(checkpoint, precision or "int8", num_threads=threads)
+        if precision is None and (Path(checkpoint) / "engine.json").is_file():
+            native = Engine.load(checkpoint, threads)  # in its own precision
+        else:
+            native = Engine.from_pretrained(checkpoint, precision or "int8", num_threads=threads)
     except UnsupportedModel as error:
         if engine == "native":
             raise

@@ -6,6 +6,7 @@ as their tokens agree, and only under the same plan.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 class PrefixStore:
-    """The sequences used last, found by what a prompt begins with and its plan.
+    """The sequences used last, found by what a prompt begins with and its plan. Any thread may ask.
 
     Args:
         capacity: sequences that are kept; each holds its keys and values.
@@ -64,25 +65,25 @@ class PrefixStore:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._kept: OrderedDict[int, KeptSequence] = OrderedDict()
+        self._lock = threading.Lock()
 
     def take(self, prompt: list[int], keep: torch.Tensor) -> KeptSequence | None:
         """Removes and returns the sequence that shares most with a prompt under plan `keep` [L]."""
         best, longest = None, 0
-        for key, kept in self._kept.items():
-            if torch.equal(kept.keep, keep):
-                common = common_prefix(kept.tokens, prompt[:-1])
-                if common > longest:
-                    best, longest = key, common
-        if best is None:
-            return None
-        kept = self._kept.pop(best)
+        with self._lock:
+            for key, kept in self._kept.items():
+                if torch.equal(kept.keep, keep):
+                    common = common_prefix(kept.tokens, prompt[:-1])
+                    if common > longest:
+                        best, longest = key, common
+            if best is None:
+                return None
+            kept = self._kept.pop(best)
         return kept if kept.cut_to(prompt) else None
 
     def put(self, kept: KeptSequence) -> None:
         """Keeps a sequence, if need be in the place of the one that was used longest ago."""
-        self._kept[id(kept)] = kept
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
-
-    def clear(self) -> None:
-        self._kept.clear()
+        with self._lock:
+            self._kept[id(kept)] = kept
+            while len(self._kept) > self.capacity:
+                self._kept.popitem(last=False)
