@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kMaxGroup = 64;
 constexpr float kGreatestFloat16 = 65504;
-constexpr float kRoundingShift = 0x1.8p23f;  // added, it rounds small numbers to integers
 
 // f16 nearest to x, which is not NaN; the greatest finite one for what lies beyond.
 Float16 to_float16(float x) {
@@ -78,87 +77,25 @@ void pack_int8_group(const float* x, int64_t n, int64_t g, const PanelRow& to) {
   for (int64_t i = 0; i < kGroup / 4; ++i) to.set_word(g * (kGroup / 4) + i, values + 4 * i);
 }
 
-// How a group of int4 is written: value = minimum + step * q, q in 0 to 15.
-struct Int4Grid {
-  Float16 minimum, step;
-};
-
-// The grid's q for each x [n], and the sum of the squared errors.
-float quantise(const float* x, int64_t n, Int4Grid grid, float* q) {
-  const float offset = widen(grid.minimum), step = widen(grid.step);
-  const float inverse = grid.step.bits == 0 ? 0 : 1 / step;
-  for (int64_t i = 0; i < n; ++i) {
-    float value = (x[i] - offset) * inverse;
-    value = value < 15.0f ? value : 15.0f;
-    value = value > 0.0f ? value : 0.0f;
-    q[i] = (value + kRoundingShift) - kRoundingShift;
-  }
-  constexpr int kChains = 8;
-  float errors[kChains] = {};
-  int64_t i = 0;
-  const auto add = [&](int64_t at, int chain) {
-    const float error = offset + step * q[at] - x[at];
-    errors[chain] += error * error;
-  };
-  for (; i + kChains <= n; i += kChains) {
-    for (int c = 0; c < kChains; ++c) add(i + c, c);
-  }
-  for (; i < n; ++i) add(i, 0);
-  float sum = 0;
-  for (const float error : errors) sum += error;
-  return sum;
-}
-
-// The grid of least squares for given q [n].
-Int4Grid fitted(const float* x, const float* q, int64_t n) {
-  float sum_q = 0, sum_qq = 0, sum_x = 0, sum_qx = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    sum_q += q[i], sum_qq += q[i] * q[i];
-    sum_x += x[i], sum_qx += q[i] * x[i];
-  }
-  const auto count = static_cast<float>(n);
-  const float determinant = count * sum_qq - sum_q * sum_q;
-  const float step = determinant > 0 ? (count * sum_qx - sum_q * sum_x) / determinant : 0;
-  return {to_float16((sum_x - step * sum_q) / count), to_float16(std::max(step, 0.0f))};
-}
-
-// From the grid that spans the group, which is exact for what came from such a grid, to better
-// ones: a narrower one rounds most values less, at the price of the outermost.
-Int4Grid find_int4_grid(const float* x, int64_t n) {
-  const Range range = find_range(x, n);
-  const Float16 minimum = to_float16(range.min);
-  Int4Grid best{minimum, to_step(std::max(0.0f, range.max - widen(minimum)), 15)};
-  float q[kMaxGroup];
-  float least = quantise(x, n, best, q);
-  // What is left of a grid's own values is the rounding of f32; nothing is to be found there.
-  const float negligible = 1e-4f * widen(best.step);
-  if (least <= static_cast<float>(n) * negligible * negligible) return best;
-  for (const float steps : {14.5f, 15.0f, 15.5f, 16.0f, 16.5f, 17.0f, 18.0f, 19.0f}) {
-    const float width = range.max - range.min;
-    const float margin = width * (1 - 15 / steps) / 2;  // that is cut off at either end
-    const Int4Grid spread{to_float16(range.min - margin), to_float16(width / steps)};
-    quantise(x, n, spread, q);
-    const Int4Grid grid = fitted(x, q, n);
-    const float error = quantise(x, n, grid, q);
-    if (error < least) least = error, best = grid;
-  }
-  return best;
-}
-
 void pack_int4_group(const float* x, int64_t n, int64_t g, const PanelRow& to) {
   constexpr int64_t kGroup = group_size(Precision::kInt4);
-  const Int4Grid grid = find_int4_grid(x, n);
-  float q[kGroup];
-  quantise(x, kGroup, grid, q);
-  to.set_scale(2 * g, grid.step);
-  to.set_scale(2 * g + 1, grid.minimum);
-  for (int64_t i = 0; i < kGroup; i += 8) {
+  const Range range = find_range(x, n);
+  const Float16 minimum = to_float16(range.min);
+  const Float16 step = to_step(std::max(0.0f, range.max - widen(minimum)), 15);
+  const float offset = widen(minimum), inverse = step.bits == 0 ? 0 : 1 / widen(step);
+  uint8_t values[kGroup];
+  for (int64_t i = 0; i < kGroup; ++i) {
+    float q = (x[i] - offset) * inverse + 0.5f;
+    q = q < 15.0f ? q : 15.0f;
+    q = q > 0.0f ? q : 0.0f;
+    values[i] = static_cast<uint8_t>(static_cast<int>(q));
+  }
+  to.set_scale(2 * g, step);
+  to.set_scale(2 * g + 1, minimum);
+  for (int64_t i = 0; i < kGroup / 8; ++i) {
     uint8_t word[4];
-    for (int j = 0; j < 4; ++j) {
-      word[j] =
-          static_cast<uint8_t>(static_cast<int>(q[i + j]) | static_cast<int>(q[i + 4 + j]) << 4);
-    }
-    to.set_word(g * (kGroup / 8) + i / 8, word);
+    for (int j = 0; j < 4; ++j) word[j] = values[8 * i + j] | values[8 * i + 4 + j] << 4;
+    to.set_word(g * (kGroup / 8) + i, word);
   }
 }
 
