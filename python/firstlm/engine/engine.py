@@ -86,7 +86,8 @@ class Engine:
                 engine.
             precision: of the layers: "float32", "bfloat16", "int8" (a scale for 64 inputs) or
                 "int4" (a scale and a minimum for 32 inputs).
-            head_precision: of embeddings and output head; None: as the layers.
+            head_precision: of embeddings and output head; None: as the layers, but int8 beside
+                int4 layers.
             num_threads: None: as many as torch uses.
             cache: keep and use packed weights.
             progress: show what happens on stderr; None: on a terminal.
