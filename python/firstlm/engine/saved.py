@@ -22,7 +22,7 @@ from firstlm.engine.text import EngineTokenizer
 CONFIG_NAME = "engine.json"
 WEIGHTS_NAME = "engine.safetensors"
 LAYOUT = "panels-16"  # csrc/linear.h; the same for every instruction set
-# Raise it when the same weights are packed to other bytes as well: kept engines are then made again.
+# Raise it also when the same weights are packed to other bytes: kept engines are then made again.
 _FORMAT_VERSION = 1
 
 
