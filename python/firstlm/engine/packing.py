@@ -117,8 +117,7 @@ def _pack(
 
 
 def _check_precisions(precision: str, head_precision: str | None) -> str:
-    """The precision of the head. 4 bits lose more there than anywhere else, so none has them unasked
-    (docs/performance.md)."""
+    """The precision of the head: of 4 bits only where asked, since they lose most there."""
     check_precision(precision)
     default = "int8" if precision == "int4" else precision
     return check_precision(head_precision or default, "head_precision")
