@@ -71,7 +71,7 @@ void pack_int8_group(const float* x, int64_t n, int64_t g, const PanelRow& to) {
     float q = x[i] * inverse;
     q = q < 127.0f ? q : 127.0f;
     q = q > -127.0f ? q : -127.0f;
-    values[i] = static_cast<int8_t>(static_cast<int>(q + (q < 0 ? -0.5f : 0.5f)));
+    values[i] = static_cast<int8_t>(static_cast<int>((q + kRoundingShift) - kRoundingShift));
   }
   to.set_scale(g, scale);
   for (int64_t i = 0; i < kGroup / 4; ++i) to.set_word(g * (kGroup / 4) + i, values + 4 * i);

@@ -3,6 +3,7 @@
 
 struct Int8Weights {
   static constexpr int32_t kOffset = 0;
+  static constexpr int kUnroll = 1;
   __m512i magnitudes;
   __mmask64 negative;
 

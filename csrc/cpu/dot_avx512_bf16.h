@@ -3,6 +3,7 @@
 struct BFloat16PairLine {
   static constexpr Precision kPrecision = Precision::kBFloat16;
   static constexpr int kWords = 1;
+  static constexpr int kSums = kSumRegisters;
   struct Weights {
     __m512bh v;
   };

@@ -10,10 +10,23 @@
 inline constexpr int kVectors = kPanelRows / F32::kLanes;
 
 // How many registers hold sums; the others are for weights and inputs.
-inline constexpr int kSumRegisters = F32::kRegisters * 3 / 4;
+inline constexpr int kSumRegisters = F32::kRegisters >= 32 ? 24 : 12;
 
 // How far ahead of the weights memory is asked for them.
 inline constexpr int64_t kPrefetchAhead = 2048;
+
+// Where the streams of weights of a tile are.
+template <int kPanels>
+struct Streams {
+  const char* lines[kPanels];
+  const char* scales[kPanels];
+  const char* ahead[kPanels];  // what to ask memory for while the group is multiplied
+
+  __attribute__((always_inline)) void prefetch(int line) const {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead[p] + line * kLineBytes);
+  }
+};
 
 // The words of a prepared token. Words of the tokens of a tile lie side by side.
 struct TokenWords {
@@ -45,20 +58,21 @@ struct FloatFormat {
   static constexpr int kLines = 1, kPrefetchLines = 1;  // of a group
   static constexpr int kGroupScales = 0;                // of an output
   static constexpr int kWords = Line::kWords;           // of a group of a token
-  static constexpr int kSums = kSumRegisters;           // of a tile, in vectors
+  static constexpr int kSums = Line::kSums;             // of a tile, in vectors
 
   template <int kPanels, int kTokens>
-  __attribute__((always_inline)) static void add_group(const char* const* lines,
-                                                       const char* const* /*scales*/,
+  __attribute__((always_inline)) static void add_group(const Streams<kPanels>& weights,
                                                        const char* words,
                                                        F32 (&sums)[kPanels][kTokens][kVectors]) {
+    weights.prefetch(0);
 #pragma GCC unroll 2
     for (int i = 0; i < kWords; ++i) {
       typename Line::Weights w[kPanels][kVectors];
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) w[p][v] = Line::load(lines[p] + v * sizeof(F32), i);
+        for (int v = 0; v < kVectors; ++v)
+          w[p][v] = Line::load(weights.lines[p] + v * sizeof(F32), i);
       }
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
@@ -80,6 +94,7 @@ struct FloatFormat {
 struct Float32Line {
   static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kWords = 1;
+  static constexpr int kSums = kSumRegisters;
   using Weights = F32;
 
   static F32 load(const char* line, int) { return F32::load(reinterpret_cast<const float*>(line)); }
@@ -96,6 +111,7 @@ struct Float32Line {
 struct BFloat16Line {
   static constexpr Precision kPrecision = Precision::kBFloat16;
   static constexpr int kWords = 2;
+  static constexpr int kSums = F32::kRegisters >= 32 ? 24 : 10;  // unpacking takes registers too
   using Weights = F32;
 
   static F32 load(const char* line, int word) {
@@ -162,8 +178,8 @@ struct Int8Groups {
   static constexpr int kSums = F32::kRegisters >= 32 ? (kVectors == 1 ? 12 : 16) : 8;
 
   template <int kPanels, int kTokens>
-  __attribute__((always_inline)) static void add_group(const char* const* lines,
-                                                       const char* const* scales, const char* words,
+  __attribute__((always_inline)) static void add_group(const Streams<kPanels>& weights,
+                                                       const char* words,
                                                        F32 (&sums)[kPanels][kTokens][kVectors]) {
     const char* first_sums = words + kLines * kTokens * 4;
     const char* input_scales = first_sums + kTokens * 4;
@@ -178,13 +194,16 @@ struct Int8Groups {
         for (int v = 0; v < kVectors; ++v) totals[p][t][v] = I32::broadcast(first);
       }
     }
+    weights.prefetch(kLines);
+#pragma GCC unroll Int8Weights::kUnroll
     for (int i = 0; i < kLines; ++i) {
+      weights.prefetch(i);
       Int8Weights w[kPanels][kVectors];
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          w[p][v] = Int8Weights::load(lines[p] + i * kLineBytes + v * sizeof(F32));
+          w[p][v] = Int8Weights::load(weights.lines[p] + i * kLineBytes + v * sizeof(F32));
         }
       }
 #pragma GCC unroll 16
@@ -201,7 +220,8 @@ struct Int8Groups {
     for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const F32 scale = F32::load(reinterpret_cast<const Float16*>(scales[p]) + v * F32::kLanes);
+        const F32 scale =
+            F32::load(reinterpret_cast<const Float16*>(weights.scales[p]) + v * F32::kLanes);
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
           const F32 product = scale * Float32Line::broadcast(input_scales + t * 4);
@@ -233,8 +253,8 @@ struct Int4Groups {
   static constexpr int kSums = Int8Groups::kSums;
 
   template <int kPanels, int kTokens>
-  __attribute__((always_inline)) static void add_group(const char* const* lines,
-                                                       const char* const* scales, const char* words,
+  __attribute__((always_inline)) static void add_group(const Streams<kPanels>& weights,
+                                                       const char* words,
                                                        F32 (&sums)[kPanels][kTokens][kVectors]) {
     Int4Sum totals[kPanels][kTokens][kVectors];
 #pragma GCC unroll 16
@@ -245,14 +265,16 @@ struct Int4Groups {
         for (int v = 0; v < kVectors; ++v) totals[p][t][v] = Int4Sum::zero();
       }
     }
+    weights.prefetch(kLines);
 #pragma GCC unroll 4
     for (int i = 0; i < kLines; ++i) {
+      weights.prefetch(i);
       Int4Weights w[kPanels][kVectors];
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          w[p][v] = Int4Weights::load(lines[p] + i * kLineBytes + v * sizeof(F32));
+          w[p][v] = Int4Weights::load(weights.lines[p] + i * kLineBytes + v * sizeof(F32));
         }
       }
 #pragma GCC unroll 16
@@ -273,7 +295,7 @@ struct Int4Groups {
     for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const auto* halves = reinterpret_cast<const Float16*>(scales[p]) + v * F32::kLanes;
+        const auto* halves = reinterpret_cast<const Float16*>(weights.scales[p]) + v * F32::kLanes;
         const F32 step = F32::load(halves), minimum = F32::load(halves + kPanelRows);
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
@@ -340,22 +362,6 @@ struct PanelPair {
   int64_t panel_bytes, scale_bytes, groups;
 };
 
-// Memory is asked for the line that is used kPrefetchAhead later: in this panel, or where this
-// stream of panels goes on.
-template <class Format, int kPanels>
-__attribute__((always_inline)) inline void prefetch_group(const char* const* panels,
-                                                          int64_t panel_bytes, int64_t g) {
-  int64_t at = g * Format::kPrefetchLines * kLineBytes + kPrefetchAhead;
-  at += at >= panel_bytes ? panel_bytes * (kPanels - 1) : 0;
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 32
-    for (int i = 0; i < Format::kPrefetchLines; ++i) {
-      __builtin_prefetch(panels[p] + at + i * kLineBytes);
-    }
-  }
-}
-
 inline void store_outputs(const F32 (&sums)[kVectors], int64_t count, float* y) {
   if (count == kPanelRows) {
 #pragma GCC unroll 4
@@ -371,21 +377,26 @@ inline void store_outputs(const F32 (&sums)[kVectors], int64_t count, float* y) 
 template <class Format, int kPanels, int kTokens>
 __attribute__((noinline)) void multiply_tile(const PanelPair& pair, int first, const char* words,
                                              float* y, int64_t stride_y) {
-  const char *scales[kPanels], *lines[kPanels];
+  Streams<kPanels> weights;
+#pragma GCC unroll 2
   for (int p = 0; p < kPanels; ++p) {
-    scales[p] = pair.panels[first + p];
-    lines[p] = scales[p] + pair.scale_bytes;
+    weights.scales[p] = pair.panels[first + p];
+    weights.lines[p] = weights.scales[p] + pair.scale_bytes;
   }
   F32 sums[kPanels][kTokens][kVectors];
 #pragma GCC unroll 32
   for (int i = 0; i < kPanels * kTokens * kVectors; ++i) (&sums[0][0][0])[i] = F32::zero();
   for (int64_t g = 0; g < pair.groups; ++g) {
-    prefetch_group<Format, kPanels>(pair.panels + first, pair.panel_bytes, g);
-    Format::template add_group<kPanels, kTokens>(lines, scales, words, sums);
+    // In this panel, or where this stream of panels goes on.
+    int64_t ahead = g * Format::kPrefetchLines * kLineBytes + kPrefetchAhead;
+    ahead += ahead >= pair.panel_bytes ? pair.panel_bytes * (kPanels - 1) : 0;
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) weights.ahead[p] = pair.panels[first + p] + ahead;
+    Format::template add_group<kPanels, kTokens>(weights, words, sums);
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
-      lines[p] += Format::kLines * kLineBytes;
-      scales[p] += Format::kGroupScales * kPanelRows * 2;
+      weights.lines[p] += Format::kLines * kLineBytes;
+      weights.scales[p] += Format::kGroupScales * kPanelRows * 2;
     }
     words += Format::kWords * kTokens * 4;
   }
