@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kMaxGroup = 64;
 constexpr float kGreatestFloat16 = 65504;
+constexpr float kRoundingShift = 0x1.8p23f;  // added, it rounds small numbers to integers
 
 // f16 nearest to x, which is not NaN; the greatest finite one for what lies beyond.
 Float16 to_float16(float x) {
