@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import firstlm
-from firstlm import cli
+from firstlm import bench_tables, cli, figures
 from tiny_gguf import draw_routers, tiny_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -87,3 +87,15 @@ def test_the_table_is_that_of_the_stored_result() -> None:
     spec.loader.exec_module(quickstart)
     summary = json.loads((ROOT / "results" / "quickstart.json").read_text(encoding="utf-8"))
     assert quickstart.markdown(summary) in README
+
+
+def test_the_table_of_decode_speed_is_that_of_the_stored_result() -> None:
+    found = figures.read(ROOT / "results" / "engine" / "decode.json")
+    assert bench_tables.summary_table(found) in README
+
+
+def test_the_page_of_results_is_made_from_the_stored_results() -> None:
+    folder = ROOT / "results" / "engine"
+    page = (ROOT / "docs" / "performance_results.md").read_text(encoding="utf-8")
+    for path in sorted(folder.glob("*.json")):
+        assert bench_tables.tables(figures.read(path)) in page, path.name

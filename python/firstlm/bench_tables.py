@@ -1,6 +1,7 @@
 """Markdown tables of what `firstlm bench decode` and `firstlm bench perplexity` wrote.
 
 python -m firstlm.bench_tables decode.json perplexity.json
+python -m firstlm.bench_tables --summary decode.json
 """
 
 from __future__ import annotations
@@ -47,6 +48,52 @@ def decode_tables(found: Mapping[str, Any]) -> str:
     if bars:
         parts.append(_table(("bar", "limit", "measured", "met"), bars))
     return "\n\n".join(parts)
+
+
+def summary_table(found: Mapping[str, Any]) -> str:
+    """The engine beside llama.cpp at equal precision, which of several types is the fastest."""
+    head = ["precision", "decode, tokens/s", "llama.cpp", "over it", "of read bandwidth"]
+    head += ["prefill of 256 over it", "decode at 4,096 over it"]
+    body = []
+    for own in _rows(found, "prompt of 64", "firstlm"):
+        rival = _fastest_rival(found, "prompt of 64", own)
+        speed, rival_speed = (r["decode_tokens_per_s"]["median"] for r in (own, rival))
+        body.append(
+            (
+                own["precision"],
+                f"{speed:.0f}",
+                f"{rival_speed:.0f} ({rival['precision']})",
+                f"{speed / rival_speed:.2f}",
+                f"{own['bandwidth_share']:.0%}",
+                _over_rival(found, "prompt of 256", own, "prefill_tokens_per_s"),
+                _over_rival(found, "context of 4096", own, "decode_tokens_per_s"),
+            )
+        )
+    return _table(head, body)
+
+
+# What llama.cpp calls the types that are compared with the engine's.
+_RIVAL_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4"}
+
+
+def _rows(found: Mapping[str, Any], case: str, runtime: str) -> list[Mapping[str, Any]]:
+    return [row for row in found["rows"] if (row["case"], row["runtime"]) == (case, runtime)]
+
+
+def _fastest_rival(
+    found: Mapping[str, Any], case: str, own: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    kind = _RIVAL_TYPES[own["precision"]]
+    rivals = [r for r in _rows(found, case, "llama.cpp") if r["precision"].startswith(kind)]
+    if not rivals:
+        raise ValueError(f"there is no figure of llama.cpp {kind} for the case {case!r}")
+    return max(rivals, key=lambda row: row["decode_tokens_per_s"]["median"])
+
+
+def _over_rival(found: Mapping[str, Any], case: str, own: Mapping[str, Any], figure: str) -> str:
+    (row,) = (r for r in _rows(found, case, "firstlm") if r["precision"] == own["precision"])
+    rival = _fastest_rival(found, case, own)
+    return f"{row[figure]['median'] / rival[figure]['median']:.2f}"
 
 
 def _decode_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -117,8 +164,10 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def main(paths: Sequence[str]) -> None:
-    """Print the tables of some files."""
-    print("\n\n".join(tables(figures.read(path)) for path in paths))
+    """Print the tables of some files, or with --summary the short one of each."""
+    form = summary_table if paths[:1] == ["--summary"] else tables
+    files = paths[1:] if form is summary_table else paths
+    print("\n\n".join(form(figures.read(path)) for path in files))
 
 
 if __name__ == "__main__":
