@@ -106,6 +106,32 @@ def test_scores_are_the_hf_paths_log_probabilities(model, engine):
 
 
 @pytest.mark.parametrize("prefill", ["route", "full"])
+def test_continuations_of_one_prompt_share_its_prefill(model, prefill):
+    engine = engine_of(model)
+    continuations = [row.tolist() for row in prompts([7, 1, 4], seed=1)]
+    alone = [engine.score(ROWS[0], c, prefill=prefill, details=True) for c in continuations]
+    together = engine.score([ROWS[0]] * 3, continuations, prefill=prefill, details=True)
+    assert [one.skip_plan for one in together] == [one.skip_plan for one in alone]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=0)
+        assert one.is_greedy.tolist() == other.is_greedy.tolist()
+    # What a sliding window has dropped is read again.
+    sliding = model.config.model_type in ("mistral", "qwen2")
+    assert engine.stats.reused_tokens in ({0, 13, 26} if sliding else {26})
+
+
+def test_a_greedy_answer_is_greedy_and_one_token_may_lie_beyond_the_maximum(llama_engine):
+    prompt = prompts([250])[0].tolist()
+    answer = llama_engine.generate(prompt, max_new_tokens=6, ignore_eos=True)
+    score = llama_engine.score(prompt, answer, details=True)
+    assert score.is_greedy.all() and score.log_probs.shape == (6,)
+    assert llama_engine.max_length == 256
+    assert llama_engine.score(prompt, [*answer, 5]).shape == (7,)
+    with pytest.raises(ValueError, match="maximum of 256"):
+        llama_engine.score(prompt, [*answer, 5, 5])
+
+
+@pytest.mark.parametrize("prefill", ["route", "full"])
 @pytest.mark.parametrize(
     "options",
     [

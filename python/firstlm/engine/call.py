@@ -124,7 +124,7 @@ def check_rows(config: EngineConfig, rows: Sequence[list[int]], room: int) -> No
     """Raises ValueError for ids outside of the vocabulary, and for rows that are too long.
 
     Args:
-        room: tokens that must be free after each row.
+        room: tokens that must be free after each row; -1: its last token is not read.
     """
     vocab_size = config.decoder["vocab_size"]
     for row in rows:

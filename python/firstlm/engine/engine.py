@@ -21,7 +21,7 @@ from firstlm.engine.prefix import PrefixStore
 from firstlm.engine.prompts import Prompts, require_tokenizer
 from firstlm.engine.routers import EngineRouters
 from firstlm.engine.saved import SavedEngine
-from firstlm.engine.scoring import score_rows
+from firstlm.engine.scoring import Score, score_rows
 from firstlm.engine.stats import EngineStats
 from firstlm.router import RouterConfig
 from firstlm.skip_plan import RoutingOutput, SkipPlan, mask_to_plans
@@ -302,13 +302,18 @@ class Engine:
         budget_mode: str = "threshold",
         prefill: str | None = None,
         raw: bool = False,
-    ) -> torch.Tensor | list[torch.Tensor]:
+        details: bool = False,
+    ) -> torch.Tensor | Score | list[torch.Tensor] | list[Score]:
         """How likely continuations are, each after its prompt, which alone decides its plan.
+
+        Continuations of one prompt that follow each other share its prefill.
 
         Args:
             prompts: as in `generate`.
-            continuations: one a prompt, texts (taken as they are) or token ids.
+            continuations: one a prompt, texts (taken as they are) or token ids. Its last token may
+                be the one beyond the model's maximum length: it is not read.
             skip_plan, budget, budget_mode, prefill, raw: as in `generate`.
+            details: return `Score` objects.
 
         Returns:
             f32 [tokens of the continuation], natural logarithms of their probabilities; a list for
@@ -333,11 +338,12 @@ class Engine:
         choice = PlanChoice(skip_plan, budget, budget_mode, prefill)
         choice.check(self.core, len(rows))
         whole = [row + more for row, more in zip(rows, continued, strict=True)]
-        check_rows(self.config, whole, room=0)
+        check_rows(self.config, whole, room=-1)
         stats = EngineStats(prompts=len(rows), prompt_tokens=sum(map(len, rows)))
         found = score_rows(self.core, rows, continued, choice, stats)
         self.stats = stats
-        return found[0] if asked.single else found
+        values = found if details else [one.log_probs for one in found]
+        return values[0] if asked.single else values
 
     # -- the parts of a call ----------------------------------------------------------------------
     def prepare(self, prompts: Any, **options: Any) -> Call:
