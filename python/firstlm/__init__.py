@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firstlm.engine import Engine
+    from firstlm.lm_eval_model import LM  # noqa: F401
     from firstlm.loading import from_pretrained
     from firstlm.router import Router, RouterConfig
     from firstlm.skip_cache import SkipCache
@@ -30,8 +31,10 @@ _PUBLIC = {
     "TrainResult": "training",
     "Trainer": "trainer",
     "train": "training",
+    "LM": "lm_eval_model",
 }
 
+# Without "LM", which needs an extra: `from firstlm import *` works without it.
 __all__ = [
     "Engine",
     "Router",

@@ -1,4 +1,4 @@
-"""The `firstlm` command: train, generate, plan, info, bench.
+"""The `firstlm` command: train, generate, plan, info, lm-eval, bench.
 
 Results go to stdout, everything else (progress, notes, errors) to stderr. Torch and transformers
 are imported inside the commands, so that `--help` is instant.
@@ -328,6 +328,23 @@ def info(
 
     facts = cli_info.installation() if checkpoint is None else cli_info.model(checkpoint)
     typer.echo(json.dumps(facts, indent=2) if as_json else cli_info.as_text(facts))
+
+
+@app.command(
+    "lm-eval",
+    add_help_option=False,  # --help is lm-eval's
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@reports_errors
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness with the model "firstlm"; takes lm-eval's own arguments.
+
+    Example: firstlm lm-eval --model firstlm --model_args pretrained=runs/quickstart/checkpoint
+    --tasks hellaswag
+    """
+    from firstlm import lm_eval_command
+
+    lm_eval_command.run(context.args)
 
 
 bench = typer.Typer(
