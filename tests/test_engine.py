@@ -105,6 +105,11 @@ def test_scores_are_the_hf_paths_log_probabilities(model, engine):
         torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
 
 
+def test_an_empty_continuation_has_no_scores(llama_engine):
+    first, second = llama_engine.score(["a b", "a b"], ["", "c"])
+    assert first.shape == (0,) and second.shape == (1,)
+
+
 @pytest.mark.parametrize("prefill", ["route", "full"])
 def test_continuations_of_one_prompt_share_its_prefill(model, prefill):
     engine = engine_of(model)
@@ -367,6 +372,16 @@ def test_prompts_under_a_known_plan_reuse_what_was_read(llama_engine):
     assert llama_engine.generate([longer, ROWS[2]], **options)[0] == found
 
 
+def test_a_full_prefill_is_no_prefix_of_one_that_skips(llama):
+    """Its keys and values come from states that dropped layers have changed."""
+    engine, fresh = engine_of(llama), engine_of(llama)
+    options = {"skip_plan": SkipPlan((0, 2, 3), NUM_LAYERS), "max_new_tokens": NEW}
+    long = prompts([60])[0].tolist()
+    engine.generate(long[:-1], prefill="full", **options)
+    assert engine.generate(long, **options) == fresh.generate(long, **options)
+    assert engine.stats.reused_tokens == 0
+
+
 def test_a_window_that_has_moved_on_is_no_prefix():
     engine = engine_of(base_model("mistral", torch.float32))
     long = prompts([60])[0].tolist()
@@ -565,7 +580,13 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused():
         ({"prompts": [3], "temperature": -1.0}, ValueError, "temperature"),
         ({"prompts": [3], "temperature": 1.0, "top_p": 1.5}, ValueError, "top_p"),
         ({"prompts": [3], "stop": 0.5}, TypeError, "stop"),
+        ({"prompts": [3], "max_new_tokens": 3.0}, TypeError, "max_new_tokens"),
+        ({"prompts": [3], "top_k": 2.5}, TypeError, "top_k"),
+        ({"prompts": [3], "stop": [-1]}, ValueError, "stop"),
         ({"prompts": [3], "seed": [1, 2]}, ValueError, "seed"),
+        ({"prompts": [3], "seed": -1}, ValueError, "seed"),
+        ({"prompts": [3], "seed": 2**64}, ValueError, "seed"),
+        ({"prompts": [3], "seed": "7"}, TypeError, "seed"),
         ({"prompts": [3], "budget": 1.0}, ValueError, "skip rate"),
         ({"prompts": [3], "budget": 0.5}, ValueError, "calibrate"),
         ({"prompts": [3], "budget": 0.5, "budget_mode": "all"}, ValueError, "budget_mode"),
@@ -576,8 +597,10 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused():
     ids=str,
 )
 def test_arguments_that_are_not_accepted_are_named(llama_engine, arguments, error, message):
+    before = llama_engine.core.decoder.counters()
     with pytest.raises(error, match=message):
         llama_engine.generate(**arguments)
+    assert llama_engine.core.decoder.counters() == before  # before any work
 
 
 def test_text_needs_a_tokenizer_and_precisions_have_names(llama):
@@ -587,6 +610,8 @@ def test_text_needs_a_tokenizer_and_precisions_have_names(llama):
         Engine.from_model(llama, precision="int3")
     with pytest.raises(ValueError, match="num_threads"):
         Engine.from_model(llama, num_threads=0)
+    with pytest.raises(ValueError, match=r"num_threads must lie in \[1, 256\]"):
+        Engine.from_model(llama, num_threads=257)
 
 
 def test_another_prefill_than_trained_warns(checkpoint):

@@ -318,6 +318,7 @@ Decoding::Decoding(std::shared_ptr<NativeDecoder> decoder, std::vector<SequenceP
 }
 
 bool Decoding::runs_on(const Row& row) const {
+  if (row.pending < 0) return row.left > 0;
   return row.left > 0 && std::find(eos_.begin(), eos_.end(), row.pending) == eos_.end();
 }
 

@@ -4,8 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cmath>
-
+#include "../team.h"
 #include "checks.h"
 #include "engine.h"
 #include "packing.h"
@@ -141,6 +140,10 @@ Tensor probabilities(const Tensor& logits, const py::dict& settings,
 }  // namespace
 
 void add_engine(py::module_& m) {
+  m.attr("MAX_THREADS") = Team::kMaxSize;
+  m.def(
+      "check_sampling", [](const py::dict& settings) { sampling_settings(settings); },
+      py::arg("settings"));
   m.def("empty_aligned", empty_aligned, py::arg("nbytes"));
   m.def("packed_bytes", packed_bytes, py::arg("precision"), py::arg("N"), py::arg("K"));
   m.def("pack", pack, ReleaseGil(), py::arg("weights"), py::arg("precision"),

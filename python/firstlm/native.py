@@ -15,10 +15,12 @@ except ImportError as error:
 
 from pathlib import Path
 
+MAX_THREADS = _native.MAX_THREADS
 Decoder = _native.Decoder
 Decoding = _native.Decoding
 Sequence = _native.Sequence
 SkipCacheStorage = _native.SkipCacheStorage
+check_sampling = _native.check_sampling
 empty_aligned = _native.empty_aligned
 pack = _native.pack
 packed_bytes = _native.packed_bytes
@@ -30,10 +32,12 @@ LIBRARY = Path(_native.__file__)
 
 __all__ = [
     "LIBRARY",
+    "MAX_THREADS",
     "Decoder",
     "Decoding",
     "Sequence",
     "SkipCacheStorage",
+    "check_sampling",
     "empty_aligned",
     "pack",
     "packed_bytes",

@@ -129,7 +129,8 @@ def check_rows(config: EngineConfig, rows: Sequence[list[int]], room: int) -> No
     vocab_size = config.decoder["vocab_size"]
     for row in rows:
         if not 0 <= min(row) <= max(row) < vocab_size:
-            raise ValueError(f"token ids must lie in [0, {vocab_size}), got {row}")
+            wrong = min(row) if min(row) < 0 else max(row)
+            raise ValueError(f"token ids must lie in [0, {vocab_size}), got {wrong}")
         if len(row) + room > config.max_length:
             raise ValueError(
                 f"{len(row)} tokens leave no room in the model's maximum of {config.max_length}"

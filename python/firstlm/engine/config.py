@@ -11,7 +11,7 @@ from typing import Any
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Their frequencies change with the length of the sequence, so cached keys would no longer fit.
 _ROPE_OF_LENGTH = ("dynamic", "longrope")
-PANEL_ROWS = 16  # outputs of a packed panel, csrc/linear.h
+PANEL_ROWS = 16  # outputs of a packed panel, csrc/packed_matrix.h
 
 
 class UnsupportedModel(ValueError):

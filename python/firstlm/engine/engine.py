@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 
+from firstlm import native
 from firstlm.engine import saved
 from firstlm.engine.answers import Generation
 from firstlm.engine.call import Call, check_rows, prepare, run
 from firstlm.engine.chat import Chat
 from firstlm.engine.core import DecoderCore
-from firstlm.engine.planning import PlanChoice, Prefilled, known_plans, prefill_prompts
+from firstlm.engine.planning import (
+    PlanChoice,
+    Prefilled,
+    is_reusable,
+    known_plans,
+    prefill_prompts,
+)
 from firstlm.engine.prefix import PrefixStore
 from firstlm.engine.prompts import Prompts, require_tokenizer
 from firstlm.engine.routers import EngineRouters
@@ -363,7 +370,8 @@ class Engine:
         self, call: Call, one_by_one: bool = False
     ) -> Generator[list[tuple[list[int], str]], None, None]:
         """Runs a call; what it has read is kept, where a later call could know its plan."""
-        known = known_plans(self.core, len(call.rows), call.choice)[0] is not None
+        known = known_plans(self.core, len(call.rows), call.choice)[0]
+        prefill = call.choice.prefill_of(self.core)
 
         def read(call: Call) -> Prefilled:
             return prefill_prompts(self.core, call.rows, call.choice, call.stats, self._prefixes)
@@ -372,8 +380,8 @@ class Engine:
             yield from run(self.core, call, read, one_by_one)
         finally:
             self.stats = call.stats
-            kept = call.kept_sequence() if known else None
-            if kept is not None:
+            kept = None if known is None else call.kept_sequence()
+            if kept is not None and is_reusable(kept.keep, prefill):
                 self._prefixes.put(kept)
 
 
@@ -387,7 +395,7 @@ def _as_asked(kind: str, generation: Generation) -> Any:
 
 def _threads(num_threads: int | None) -> int:
     if num_threads is None:
-        return torch.get_num_threads()
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        return min(torch.get_num_threads(), native.MAX_THREADS)
+    if not 1 <= num_threads <= native.MAX_THREADS:
+        raise ValueError(f"num_threads must lie in [1, {native.MAX_THREADS}], got {num_threads}")
     return num_threads

@@ -42,10 +42,6 @@ class PlanChoice:
     budget_mode: str = "threshold"
     prefill: str | None = None
 
-    def is_open(self) -> bool:
-        """Whether no plans were asked for."""
-        return self.skip_plan is None and self.budget is None
-
     def of_row(self, row: int) -> PlanChoice:
         """The choice of one of the prompts alone."""
         if self.skip_plan is None or isinstance(self.skip_plan, SkipPlan):
@@ -65,12 +61,9 @@ class PlanChoice:
                 check_protected(mask, core.routers.config.protected)
 
     def prefill_of(self, core: DecoderCore) -> str:
-        """The prefill of this call; warns if the routers were trained with the other."""
-        if core.routers is None:
-            return self.prefill or "route"
-        prefill = self.prefill or core.routers.config.prefill
-        warn_of_other_prefill(core.routers.trained_prefill, prefill, stacklevel=5)
-        return prefill
+        """The prefill of this call."""
+        own = "route" if core.routers is None else core.routers.config.prefill
+        return self.prefill or own
 
 
 @dataclass
@@ -104,6 +97,8 @@ def prefill_prompts(
         store: where sequences of earlier calls are, for plans that are known before the pass.
     """
     prefill = choice.prefill_of(core)
+    if core.routers is not None:
+        warn_of_other_prefill(core.routers.trained_prefill, prefill, stacklevel=4)
     keep, keep_prob = known_plans(core, len(prompts), choice)
     if keep is not None:
         return _planned(core, prompts, keep, keep_prob, prefill, stats, store)
@@ -143,6 +138,18 @@ def known_plans(
     return keep_mask_of(keep_prob, routers.thresholds(choice.budget), protected), keep_prob
 
 
+def is_reusable(keep: torch.Tensor, prefill: str) -> bool:
+    """Whether a prompt reads the tokens that it has in common with another one the same way.
+
+    Under prefill="full" it does not where layers are dropped: they were run for the prompt, and are
+    not for what came after it.
+
+    Args:
+        keep: bool [L], the plan of both.
+    """
+    return prefill == "route" or bool(keep.all())
+
+
 def _planned(
     core: DecoderCore,
     prompts: Sequence[list[int]],
@@ -156,9 +163,7 @@ def _planned(
     kept: dict[int, KeptSequence] = {}
     if store is not None:
         for row, prompt in enumerate(prompts):
-            # Under prefill="full" dropped layers have lost what a longer prompt would read.
-            exact = prefill == "route" or bool(keep[row].all())
-            found = store.take(prompt, keep[row]) if exact else None
+            found = store.take(prompt, keep[row]) if is_reusable(keep[row], prefill) else None
             if found is not None:
                 kept[row] = found
     fresh = [row for row in range(len(prompts)) if row not in kept]

@@ -21,7 +21,7 @@ from firstlm.engine.text import EngineTokenizer
 
 CONFIG_NAME = "engine.json"
 WEIGHTS_NAME = "engine.safetensors"
-LAYOUT = "panels-16"  # csrc/linear.h; the same for every instruction set
+LAYOUT = "panels-16"  # csrc/packed_matrix.h; the same for every instruction set
 # Raise it also when the same weights are packed to other bytes: kept engines are then made again.
 _FORMAT_VERSION = 1
 

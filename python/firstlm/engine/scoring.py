@@ -71,7 +71,7 @@ def _score_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log_probs, is_greedy) [T] of what follows a prompt; the last token is not read."""
     sequence, logits = prefilled.sequences[0], prefilled.logits  # [1, V]
-    log_probs, is_greedy = [], []
+    log_probs, is_greedy = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
         # A token's logits come from the one before it; the last are for the next chunk.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from firstlm import native
 from firstlm.engine.prompts import require_tokenizer
 from firstlm.engine.text import EngineTokenizer
 
@@ -22,17 +23,13 @@ class Settings:
         sampling: what `firstlm.native.Decoder.decoding` takes, but for the seed.
         seeds: one a prompt.
         end_tokens: ids that end an answer: end of sequence, and those of `stop`.
-        stop_tokens: those of `stop` alone, which are no part of the text.
         stop_strings: texts that end an answer.
-        max_new_tokens: at most so many.
     """
 
     sampling: dict[str, Any]
     seeds: list[int]
     end_tokens: list[int]
-    stop_tokens: list[int]
     stop_strings: list[str]
-    max_new_tokens: int
 
     def of_row(self, row: int) -> dict[str, Any]:
         """The sampling settings of one prompt."""
@@ -73,22 +70,17 @@ def settings_of(
     Raises:
         TypeError, ValueError: a setting that is not accepted.
     """
-    if max_new_tokens < 1:
+    if _whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    seeds = [seed + row for row in range(num_prompts)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != num_prompts:
-        raise ValueError(
-            f"seed takes one number or one a prompt: got {len(seeds)} for {num_prompts}"
-        )
     strings, tokens = _stops(stop, tokenizer)
     ends = [] if ignore_eos else list(defaults.get("eos_token_id", []))
+    found = _sampling(defaults, sampling)
+    native.check_sampling(found)
     return Settings(
-        sampling=_sampling(defaults, sampling),
-        seeds=seeds,
+        sampling=found,
+        seeds=_seeds(seed, num_prompts),
         end_tokens=sorted({*ends, *tokens}),
-        stop_tokens=tokens,
         stop_strings=strings,
-        max_new_tokens=max_new_tokens,
     )
 
 
@@ -102,7 +94,33 @@ def _sampling(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         name: own.get(name, _OFF[name]) if given.get(name) is None else given[name]
         for name in SAMPLING
     }
-    return {name: type(_OFF[name])(value) for name, value in values.items()}
+    return {
+        name: _whole(name, value) if isinstance(_OFF[name], int) else float(value)
+        for name, value in values.items()
+    }
+
+
+def _whole(name: str, value: Any) -> int:
+    """Any kind of integer. Raises TypeError for others."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} takes a whole number, got {value!r}")
+    return value.__index__()
+
+
+def _seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
+    """One a prompt."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = [_whole("seed", value) for value in seed]
+    else:
+        seeds = [_whole("seed", seed) + row for row in range(num_prompts)]
+    if len(seeds) != num_prompts:
+        raise ValueError(
+            f"seed takes one number or one a prompt: got {len(seeds)} for {num_prompts}"
+        )
+    for value in seeds:
+        if not 0 <= value < 2**64:
+            raise ValueError(f"seed must lie in [0, 2^64), got {value}")
+    return seeds
 
 
 def _stops(
@@ -114,6 +132,8 @@ def _stops(
     strings, tokens = [], []
     for value in stop if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]:
         if isinstance(value, int) and not isinstance(value, bool):
+            if value < 0:
+                raise ValueError(f"stop takes token ids of 0 or more, got {value}")
             tokens.append(value)
         elif isinstance(value, str) and value:
             token = require_tokenizer(tokenizer).special_token_id(value)
