@@ -171,7 +171,7 @@ int status_of_child(Team& team) {
   return status;
 }
 
-TEST_CASE("team: a forked child has threads of its own") {
+TEST_CASE("team: a forked child has threads of its own", "[fork]") {
   Team team(3);
   CHECK(sum_below(team, 10) == 45);
   CHECK(status_of_child(team) == 0);
