@@ -30,7 +30,7 @@ void pool_columns(const Kernels& kernels, Share share, Pooling pooling, const fl
                             .B = 1,
                             .stride_N = D,
                             .offsets = offsets};
-  router_pool_packed(kernels, states, pooling, 1, columns);
+  router_pool_packed(kernels, states, pooling, 1, nullptr, columns);
   for (int64_t w = 0; w < W; ++w) {
     std::copy_n(columns + w * width, width, pooled + w * D + begin);
   }

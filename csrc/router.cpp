@@ -15,9 +15,16 @@ constexpr int64_t kMaxBlock = 1024;
 // Where whole rows are read one after the other, a block may be as wide as this.
 constexpr int64_t kMaxRow = 4096;
 
-// A row is split in blocks of columns where there are fewer rows than threads, and no further: the
-// wider a block, the longer the pieces of memory that are read in order. Blocks never split tokens:
-// sums do not depend on the number of threads.
+// Prompt tokens of a window that are summed on their own, before the sums are added in their order:
+// a sum depends on nothing but the window's tokens. Long enough to be read as one stream.
+constexpr int64_t kRanksPerBlock = 128;
+// Runs of blocks that a thread takes at once are this long where there are enough of them: the
+// longer, the fewer starts of streams; but no thread should wait long for another.
+constexpr int64_t kPieceBytes = 256 * 1024;
+constexpr int64_t kPiecesPerThread = 4;
+
+// Rows are split in blocks of columns where there are fewer of them than threads, and no further:
+// the wider a block, the longer the pieces of memory that are read in order.
 struct ColumnBlocks {
   int64_t D, width, count;
 
@@ -45,19 +52,60 @@ struct Tokens {
   int64_t prompt_tokens() const { return mask ? std::count(mask, mask + count, true) : count; }
 };
 
+// The W windows of n > 0 prompt tokens in K blocks each, the last of which may be empty.
+struct RankBlocks {
+  Pooling pooling;
+  int64_t n, K;
+
+  RankBlocks(Pooling pooling, int64_t n) : pooling(pooling), n(n), K(per_window(pooling, n)) {}
+
+  // Rises with n.
+  static int64_t per_window(Pooling pooling, int64_t n) {
+    if (pooling.kind == PoolKind::kLast) return 1;
+    return std::max<int64_t>(ceil_div(ceil_div(n, pooling.W()), kRanksPerBlock), 1);
+  }
+
+  int64_t count() const { return pooling.W() * K; }
+  TokenRange window(int64_t w) const { return pooled_range(pooling, w, n); }
+  TokenRange block(int64_t w, int64_t k) const {
+    const TokenRange whole = window(w);
+    const int64_t begin = whole.begin + k * kRanksPerBlock;
+    return {begin, std::min(begin + kRanksPerBlock, whole.end)};
+  }
+};
+
 // Walks over the prompt tokens of one sequence.
 template <class T>
 struct PromptCursor {
   const Tokens<T>& tokens;
-  int64_t position;  // in the sequence
-  int64_t rank = 0;  // among prompt tokens
+  int64_t position = 0;  // in the sequence
+  int64_t rank = 0;      // among prompt tokens
 
-  explicit PromptCursor(const Tokens<T>& tokens) : tokens(tokens), position(0) { skip_others(); }
+  explicit PromptCursor(const Tokens<T>& tokens) : tokens(tokens) { skip_others(); }
 
   void advance() {
     ++position;
     ++rank;
     skip_others();
+  }
+
+  // To a rank that the sequence has, not before the present one.
+  void advance_to(int64_t wanted) {
+    if (!tokens.mask) {
+      position = rank = wanted;
+      return;
+    }
+    constexpr int64_t kStride = 256;
+    while (rank < wanted) {
+      const bool* next = tokens.mask + position;
+      const int64_t stride = std::min(kStride, tokens.count - position);
+      const int64_t passed = std::count(next, next + stride, true);
+      if (rank + passed > wanted) break;
+      position += stride;
+      rank += passed;
+    }
+    skip_others();
+    while (rank < wanted) advance();
   }
 
   const T* states() const { return tokens.data + position * tokens.stride; }
@@ -84,37 +132,100 @@ struct Reading {
   }
 };
 
-// Some columns of all windows of one sequence: pooled [W, D] from its first column on.
+// sums [width] = the sum of the tokens of those ranks, in their order.
 template <class T>
-void pool_block(AddRows add_rows, const Tokens<const T>& tokens, Pooling pooling, int64_t D,
-                int64_t width, Accumulator<T>* pooled) {
-  const int64_t W = pooling.W();
-  for (int64_t w = 0; w < W; ++w) std::fill_n(pooled + w * D, width, Accumulator<T>(0));
-  const int64_t n = tokens.prompt_tokens();
-  if (n == 0) return;
-
-  const Reading reading = Reading::of(tokens, width);
-  PromptCursor<const T> token(tokens);
-  for (int64_t w = 0; w < W; ++w) {
-    const TokenRange range = pooled_range(pooling, w, n);
-    Accumulator<T>* sums = pooled + w * D;
-    const void* rows[kRowsPerPass];
-    int pending = 0;
-    while (token.rank < range.begin) token.advance();
-    while (true) {
-      rows[pending++] = token.states();
-      const bool is_last = token.rank + 1 == range.end;
-      if (pending == reading.at_once || is_last) {
-        add_rows(rows, pending, width, reading.ahead, sums);
-        pending = 0;
-      }
-      if (is_last) break;  // stay on it: the next window may begin with the same token
-      token.advance();
+void sum_ranks(AddRows add_rows, PromptCursor<const T>& token, TokenRange ranks, Reading reading,
+               int64_t width, Accumulator<T>* sums) {
+  std::fill_n(sums, width, Accumulator<T>(0));
+  const void* rows[kRowsPerPass];
+  int pending = 0;
+  token.advance_to(ranks.begin);
+  while (true) {
+    rows[pending++] = token.states();
+    const bool is_last = token.rank + 1 == ranks.end;
+    if (pending == reading.at_once || is_last) {
+      add_rows(rows, pending, width, reading.ahead, sums);
+      pending = 0;
     }
-    const auto length = static_cast<Accumulator<T>>(range.end - range.begin);
-    for (int64_t i = 0; i < width; ++i) sums[i] /= length;
+    if (is_last) break;  // stay on it: the next window may begin with the same token
+    token.advance();
   }
 }
+
+template <class T>
+void make_mean(const RankBlocks& blocks, int64_t w, int64_t width, Accumulator<T>* sums) {
+  const auto length = static_cast<Accumulator<T>>(blocks.window(w).size());
+  for (int64_t i = 0; i < width; ++i) sums[i] /= length;
+}
+
+// Where some columns of one sequence are pooled.
+template <class T>
+struct PooledColumns {
+  AddRows add_rows;
+  Pooling pooling;
+  int64_t D, width;
+  Accumulator<T>* pooled;  // [W, D]
+  Accumulator<T>* later;   // [W, K - 1, D]: sums of the blocks after a window's first one
+
+  Accumulator<T>* of_block(const RankBlocks& blocks, int64_t w, int64_t k) const {
+    return k == 0 ? pooled + w * D : later + (w * (blocks.K - 1) + k - 1) * D;
+  }
+
+  // One thread alone: no sums but those of one block.
+  void pool(const Tokens<const T>& tokens) const {
+    const RankBlocks blocks(pooling, tokens.prompt_tokens());
+    if (blocks.n == 0) return clear();
+    const Reading reading = Reading::of(tokens, width);
+    PromptCursor<const T> token(tokens);
+    Accumulator<T> sums[kMaxRow];
+    for (int64_t w = 0; w < pooling.W(); ++w) {
+      Accumulator<T>* total = pooled + w * D;
+      sum_ranks(add_rows, token, blocks.block(w, 0), reading, width, total);
+      for (int64_t k = 1; k < blocks.K && blocks.block(w, k).size() > 0; ++k) {
+        sum_ranks(add_rows, token, blocks.block(w, k), reading, width, sums);
+        add(sums, total);
+      }
+      make_mean<T>(blocks, w, width, total);
+    }
+  }
+
+  // Several threads: each sums some of the blocks, ...
+  void sum_piece(const Tokens<const T>& tokens, int64_t piece, int64_t pieces) const {
+    const RankBlocks blocks(pooling, tokens.prompt_tokens());
+    if (blocks.n == 0) return;
+    const Reading reading = Reading::of(tokens, width);
+    PromptCursor<const T> token(tokens);
+    const int64_t end = (piece + 1) * blocks.count() / pieces;
+    for (int64_t i = piece * blocks.count() / pieces; i < end; ++i) {
+      const int64_t w = i / blocks.K, k = i % blocks.K;
+      const TokenRange ranks = blocks.block(w, k);
+      if (ranks.size() <= 0) continue;
+      sum_ranks(add_rows, token, ranks, reading, width, of_block(blocks, w, k));
+    }
+  }
+
+  // ... and then the sums are added.
+  void add_blocks(const Tokens<const T>& tokens) const {
+    const RankBlocks blocks(pooling, tokens.prompt_tokens());
+    if (blocks.n == 0) return clear();
+    for (int64_t w = 0; w < pooling.W(); ++w) {
+      Accumulator<T>* total = pooled + w * D;
+      for (int64_t k = 1; k < blocks.K && blocks.block(w, k).size() > 0; ++k) {
+        add(of_block(blocks, w, k), total);
+      }
+      make_mean<T>(blocks, w, width, total);
+    }
+  }
+
+ private:
+  void clear() const {
+    for (int64_t w = 0; w < pooling.W(); ++w) std::fill_n(pooled + w * D, width, Accumulator<T>(0));
+  }
+
+  void add(const Accumulator<T>* sums, Accumulator<T>* total) const {
+    for (int64_t i = 0; i < width; ++i) total[i] += sums[i];
+  }
+};
 
 // The adjoint: writes those columns of every token.
 template <class T>
@@ -163,20 +274,64 @@ void for_each_block(DType dtype, int64_t B, int64_t D, int64_t max_width, int64_
   });
 }
 
-// tokens_of(element, b) are the tokens of sequence b; B of them.
+// How the threads share the pooling of B sequences of T tokens at most.
+struct PoolPlan {
+  int64_t B, D, W, later;  // blocks of a sequence that are not the first of their window
+  int team;
+  int64_t pieces;  // runs of blocks that a sequence is cut in: one where sequences are enough
+
+  PoolPlan(int64_t B, int64_t T, int64_t D, int64_t bytes, Pooling pooling, int threads)
+      : B(B), D(D), W(pooling.W()), team(threads_for(bytes, threads)) {
+    const int64_t K = RankBlocks::per_window(pooling, T);
+    later = W * (K - 1);
+    pieces = 1;
+    if (B == 0 || B >= team) return;
+    const int64_t wanted = std::clamp<int64_t>(bytes / kPieceBytes, team, kPiecesPerThread * team);
+    pieces = std::min(W * K, ceil_div(wanted, B));
+  }
+
+  int64_t scratch_elements() const { return pieces == 1 ? 0 : B * later * D; }
+};
+
+// tokens_of(element, b) are the tokens of sequence b. scratch [B, W, K - 1, D] of the plan's K.
 template <class TokensOf>
-void pool_sequences(const Kernels& kernels, DType dtype, int64_t B, int64_t D, int64_t bytes,
-                    Pooling pooling, int threads, const TokensOf& tokens_of, void* pooled) {
-  const int64_t F = pooling.W() * D;
-  const int64_t max_width = D <= kMaxRow ? kMaxRow : kMaxBlock;
-  for_each_block(dtype, B, D, max_width, bytes, threads,
-                 [&](auto element, int64_t b, int64_t column, int64_t width) {
-                   using T = decltype(element);
-                   Tokens<const T> tokens = tokens_of(element, b);
-                   tokens.data += column;
-                   pool_block<T>(kernels.add_rows[static_cast<int>(dtype)], tokens, pooling, D,
-                                 width, static_cast<Accumulator<T>*>(pooled) + b * F + column);
-                 });
+void pool_sequences(const Kernels& kernels, DType dtype, const PoolPlan& plan, Pooling pooling,
+                    const TokensOf& tokens_of, void* scratch, void* pooled) {
+  // body(columns, tokens, i) for i < parts of every sequence.
+  const auto for_each = [&](auto element, int64_t parts, int64_t max_width, int team,
+                            const auto& body) {
+    using T = decltype(element);
+    using Sum = Accumulator<T>;
+    const ColumnBlocks blocks(plan.B * parts, plan.D, max_width, team);
+    parallel_for(plan.B * parts * blocks.count, team, [&](int64_t item) {
+      const int64_t block = item % blocks.count, part = item / blocks.count % parts;
+      const int64_t b = item / blocks.count / parts, column = blocks.begin(block);
+      Tokens<const T> tokens = tokens_of(element, b);
+      tokens.data += column;
+      const PooledColumns<T> columns{kernels.add_rows[static_cast<int>(dtype)],
+                                     pooling,
+                                     plan.D,
+                                     blocks.size(block),
+                                     static_cast<Sum*>(pooled) + b * plan.W * plan.D + column,
+                                     static_cast<Sum*>(scratch) + b * plan.later * plan.D + column};
+      body(columns, tokens, part);
+    });
+  };
+  const int64_t max_width = plan.D <= kMaxRow ? kMaxRow : kMaxBlock, pieces = plan.pieces;
+  with_element_type(dtype, [&](auto element) {
+    if (pieces == 1) {
+      return for_each(
+          element, 1, max_width, plan.team,
+          [](const auto& columns, const auto& tokens, int64_t) { columns.pool(tokens); });
+    }
+    for_each(element, pieces, max_width, plan.team,
+             [&](const auto& columns, const auto& tokens, int64_t piece) {
+               columns.sum_piece(tokens, piece, pieces);
+             });
+    const int team = threads_for(plan.scratch_elements() * sizeof(float), plan.team);
+    for_each(element, 1, kMaxBlock, team,
+             [](const auto& columns, const auto& tokens, int64_t) { columns.add_blocks(tokens); });
+  });
 }
 
 template <class TokensOf>
@@ -213,15 +368,33 @@ int64_t HiddenStates::bytes() const { return B * T * D * size_of(dtype); }
 
 int64_t PackedStates::bytes() const { return N * D * size_of(dtype); }
 
+namespace {
+
+PoolPlan plan_of(const HiddenStates& hidden, Pooling pooling, int threads) {
+  return {hidden.B, hidden.T, hidden.D, hidden.bytes(), pooling, threads};
+}
+
+PoolPlan plan_of(const PackedStates& hidden, Pooling pooling, int threads) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < hidden.B; ++b) longest = std::max(longest, hidden.length(b));
+  return {hidden.B, longest, hidden.D, hidden.bytes(), pooling, threads};
+}
+
+}  // namespace
+
+int64_t scratch_elements(const HiddenStates& hidden, Pooling pooling, int threads) {
+  return plan_of(hidden, pooling, threads).scratch_elements();
+}
+
 void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool* prompt_mask,
-                 Pooling pooling, int threads, void* pooled) {
+                 Pooling pooling, int threads, void* scratch, void* pooled) {
   const auto tokens_of = [&](auto element, int64_t b) {
     using T = decltype(element);
     const T* first = static_cast<const T*>(hidden.data) + b * hidden.stride_B;
     return Tokens<const T>{first, hidden.stride_T, hidden.T, prompt_mask + b * hidden.T};
   };
-  pool_sequences(kernels, hidden.dtype, hidden.B, hidden.D, hidden.bytes(), pooling, threads,
-                 tokens_of, pooled);
+  pool_sequences(kernels, hidden.dtype, plan_of(hidden, pooling, threads), pooling, tokens_of,
+                 scratch, pooled);
 }
 
 void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
@@ -235,15 +408,19 @@ void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, P
                    grad_pooled);
 }
 
+int64_t scratch_elements(const PackedStates& hidden, Pooling pooling, int threads) {
+  return plan_of(hidden, pooling, threads).scratch_elements();
+}
+
 void router_pool_packed(const Kernels& kernels, const PackedStates& hidden, Pooling pooling,
-                        int threads, void* pooled) {
+                        int threads, void* scratch, void* pooled) {
   const auto tokens_of = [&](auto element, int64_t b) {
     using T = decltype(element);
     const T* first = static_cast<const T*>(hidden.data) + hidden.offsets[b] * hidden.stride_N;
     return Tokens<const T>{first, hidden.stride_N, hidden.length(b), nullptr};
   };
-  pool_sequences(kernels, hidden.dtype, hidden.B, hidden.D, hidden.bytes(), pooling, threads,
-                 tokens_of, pooled);
+  pool_sequences(kernels, hidden.dtype, plan_of(hidden, pooling, threads), pooling, tokens_of,
+                 scratch, pooled);
 }
 
 void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,

@@ -19,11 +19,15 @@ struct HiddenStates {
   int64_t bytes() const;
 };
 
+// Elements, of pooled's type, of the scratch that router_pool needs; none for one thread.
+int64_t scratch_elements(const HiddenStates& hidden, Pooling pooling, int threads);
+
 // prompt_mask [B, T] contiguous, true for the prompt's tokens. Writes pooled [B, W * D], f64 if
 // hidden is f64 and f32 otherwise; a row without a prompt token becomes zeros. Hidden states of
-// masked tokens are not read, and do not change the result's bits.
+// masked tokens are not read, and do not change the result's bits; nor do the other rows and the
+// number of threads.
 void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool* prompt_mask,
-                 Pooling pooling, int threads, void* pooled);
+                 Pooling pooling, int threads, void* scratch, void* pooled);
 
 // Adjoint of router_pool: grad_pooled [B, W * D] -> grad_hidden [B, T, D] contiguous, every element
 // written. `hidden` gives shape and type; its data is not read.
@@ -43,9 +47,11 @@ struct PackedStates {
   int64_t bytes() const;
 };
 
+int64_t scratch_elements(const PackedStates& hidden, Pooling pooling, int threads);
+
 // router_pool of sequences whose tokens all are the prompt's, to the same bits.
 void router_pool_packed(const Kernels& kernels, const PackedStates& hidden, Pooling pooling,
-                        int threads, void* pooled);
+                        int threads, void* scratch, void* pooled);
 
 // Its adjoint, as router_pool_backward: grad_hidden [N, D] contiguous.
 void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,

@@ -140,19 +140,50 @@ def test_padding_does_not_change_a_bit(run, case, left, right):
         assert torch.equal(alone[0], pooled)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_do_not_change_a_bit(dtype):
-    hidden, prompt_mask = torch.randn(3, 700, 577).to(dtype), torch.rand(3, 700) < 0.7
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "windows"), [("mean", 1), ("windowed_mean", 8), ("last", 1)])
+def test_neither_threads_nor_the_batch_change_a_bit(dtype, kind, windows):
+    hidden, prompt_mask = torch.randn(3, 1500, 577).to(dtype), torch.rand(3, 1500) < 0.7
+    pooling = (kind, windows)
+    offsets = torch.zeros(4, dtype=torch.int64)
+    offsets[1:] = prompt_mask.sum(1).cumsum(0)
     threads = torch.get_num_threads()
+    results = []
     try:
-        results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(ops.router_pool(hidden, prompt_mask, "windowed_mean", 8))
+            results.append(ops.router_pool(hidden, prompt_mask, *pooling))
+            rows = zip(hidden.split(1), prompt_mask.split(1), strict=True)
+            results.append(torch.cat([ops.router_pool(*row, *pooling) for row in rows]))
+            results.append(ops.router_pool_packed(hidden[prompt_mask], offsets, *pooling))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_our_own_call_is_that_of_torch_ops(requires_grad):
+    hidden = torch.randn(2, 7, 5, requires_grad=requires_grad)
+    prompt_mask = torch.ones(2, 7, dtype=torch.bool)
+    pooled = ops.router_pool(hidden, prompt_mask, "windowed_mean", 2)
+    assert torch.equal(pooled, POOL(hidden, prompt_mask, "windowed_mean", 2))
+    parameters = (torch.randn(3, 10), torch.randn(3), torch.randn(1, 3), torch.randn(1))
+    logit = ops.router_head(pooled, *parameters, norm_eps=1e-6)
+    assert torch.equal(logit, HEAD(pooled, *parameters, 1e-6))
+    assert pooled.requires_grad is logit.requires_grad is requires_grad
+
+
+def test_tensor_subclasses_see_the_ops():
+    seen = []
+
+    class Noting(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    ops.router_pool(torch.ones(1, 2, 3).as_subclass(Noting), torch.ones(1, 2, dtype=torch.bool))
+    assert POOL in seen
 
 
 def test_a_row_without_a_prompt_is_zeros():

@@ -1,4 +1,5 @@
 // The classes of firstlm for Python, `firstlm._native`. Ops are in _ops.so, which is loaded first.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -54,6 +55,37 @@ uint64_t read_tensor(const Tensor& tensor) {
   return read_all(tensor.const_data_ptr(), static_cast<int64_t>(tensor.nbytes()), num_threads());
 }
 
+// --- Ops of short prompts, of whose time torch.ops' reading of Python arguments is a good part ---
+
+Tensor router_pool(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
+                   int64_t windows) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("firstlm::router_pool", "")
+          .typed<Tensor(const Tensor&, const Tensor&, std::string_view, int64_t)>();
+  return op.call(hidden, prompt_mask, kind, windows);
+}
+
+Tensor router_pool_packed(const Tensor& hidden, const Tensor& offsets, std::string_view kind,
+                          int64_t windows) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("firstlm::router_pool_packed", "")
+          .typed<Tensor(const Tensor&, const Tensor&, std::string_view, int64_t)>();
+  return op.call(hidden, offsets, kind, windows);
+}
+
+Tensor router_head(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
+                   const std::optional<Tensor>& out_weight, const std::optional<Tensor>& out_bias,
+                   double norm_eps) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("firstlm::router_head", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                        const std::optional<Tensor>&, double)>();
+  return op.call(pooled, weight, bias, out_weight, out_bias, norm_eps);
+}
+
 // --- Pickle and copy.deepcopy -----------------------------------------------------------------
 
 using LayerState = std::tuple<int64_t, int64_t, std::optional<Tensor>, std::optional<Tensor>>;
@@ -102,6 +134,11 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("read_all", firstlm::read_tensor, py::call_guard<py::gil_scoped_release>(),
         py::arg("tensor"));
+  // As torch.ops.firstlm has them, through torch's dispatcher.
+  m.def("router_pool", firstlm::router_pool, py::call_guard<py::gil_scoped_release>());
+  m.def("router_pool_packed", firstlm::router_pool_packed,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("router_head", firstlm::router_head, py::call_guard<py::gil_scoped_release>());
 
   py::class_<SkipCacheStorage>(m, "SkipCacheStorage")
       .def(py::init<const SkipCacheStorage::Windows&>(), py::arg("windows"))

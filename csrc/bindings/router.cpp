@@ -14,6 +14,7 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
+#include "../buffer.h"
 #include "router_arguments.h"
 
 namespace firstlm {
@@ -32,7 +33,10 @@ Tensor router_pool_cpu(const Tensor& hidden, const Tensor& prompt_mask, std::str
   const HiddenStates view = hidden_states(states);
   Tensor pooled = at::empty({view.B, pooling.W() * view.D},
                             hidden.options().dtype(accumulator_of(hidden.scalar_type())));
-  router_pool(kernels(), view, mask.const_data_ptr<bool>(), pooling, num_threads(),
+  const int threads = num_threads();
+  Buffer<std::byte> scratch;  // cheaper than a tensor
+  scratch.reserve(scratch_elements(view, pooling, threads) * pooled.element_size());
+  router_pool(kernels(), view, mask.const_data_ptr<bool>(), pooling, threads, scratch.data(),
               pooled.mutable_data_ptr());
   return pooled;
 }
@@ -70,7 +74,10 @@ Tensor router_pool_packed_cpu(const Tensor& hidden, const Tensor& offsets, std::
   const PackedStates view = packed_states(states, begins);
   Tensor pooled = at::empty({view.B, pooling.W() * view.D},
                             hidden.options().dtype(accumulator_of(hidden.scalar_type())));
-  router_pool_packed(kernels(), view, pooling, num_threads(), pooled.mutable_data_ptr());
+  const int threads = num_threads();
+  Buffer<std::byte> scratch;
+  scratch.reserve(scratch_elements(view, pooling, threads) * pooled.element_size());
+  router_pool_packed(kernels(), view, pooling, threads, scratch.data(), pooled.mutable_data_ptr());
   return pooled;
 }
 

@@ -16,15 +16,21 @@ void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumu
   using Vec = typename VecOf<T>::type;
   const T* row[kCount];
   for (int r = 0; r < kCount; ++r) row[r] = static_cast<const T*>(rows[r]);
+  constexpr int kLineElements = 64 / sizeof(T);
+  constexpr int kVectors = kLineElements / Vec::kLanes;  // of a line, which is fetched as a whole
   int64_t i = 0;
-  for (; i + Vec::kLanes <= width; i += Vec::kLanes) {
+  const auto add_vector = [&](int64_t at) {
+    Vec sum = Vec::load(sums + at);
+    for (int r = 0; r < kCount; ++r) sum = sum + Vec::load(row[r] + at);
+    sum.store(sums + at);
+  };
+  for (; i + kLineElements <= width; i += kLineElements) {
     for (int r = 0; r < kCount; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(row[r] + i) + ahead);
     }
-    Vec sum = Vec::load(sums + i);
-    for (int r = 0; r < kCount; ++r) sum = sum + Vec::load(row[r] + i);
-    sum.store(sums + i);
+    for (int v = 0; v < kVectors; ++v) add_vector(i + v * Vec::kLanes);
   }
+  for (; i + Vec::kLanes <= width; i += Vec::kLanes) add_vector(i);
   for (; i < width; ++i) {
     for (int r = 0; r < kCount; ++r) sums[i] += widen(row[r][i]);
   }

@@ -88,6 +88,13 @@ TEST_CASE("the windows of a token are those whose range holds it") {
   }
 }
 
+std::vector<float> pool(const Kernels& kernels, const Case& c, Pooling pooling, int threads) {
+  std::vector<float> pooled(c.B * c.F(pooling), NAN);
+  std::vector<float> scratch(scratch_elements(c.states(), pooling, threads), NAN);
+  router_pool(kernels, c.states(), c.mask_data(), pooling, threads, scratch.data(), pooled.data());
+  return pooled;
+}
+
 TEST_CASE("pooled features are the weighted sums of the prompt's tokens") {
   for (const Kernels* kernels : available_kernels()) {
     for (const Case& c : cases()) {
@@ -95,8 +102,7 @@ TEST_CASE("pooled features are the weighted sums of the prompt's tokens") {
         for (const int threads : {1, 3}) {
           INFO(kernels->isa << ", B " << c.B << ", T " << c.T << ", D " << c.D << ", W "
                             << pooling.W() << ", threads " << threads);
-          std::vector<float> pooled(c.B * c.F(pooling), NAN);
-          router_pool(*kernels, c.states(), c.mask_data(), pooling, threads, pooled.data());
+          const std::vector<float> pooled = pool(*kernels, c, pooling, threads);
           int wrong = 0;
           for (int64_t b = 0; b < c.B; ++b) {
             for (int64_t w = 0; w < pooling.W(); ++w) {
@@ -141,17 +147,52 @@ struct Packed {
     const auto B = static_cast<int64_t>(offsets.size()) - 1;
     return {hidden.data(), DType::kFloat32, offsets.back(), D, B, D, offsets.data()};
   }
+
+  std::vector<float> pool(Pooling pooling, int threads) const {
+    std::vector<float> pooled((offsets.size() - 1) * pooling.W() * D, NAN);
+    std::vector<float> scratch(scratch_elements(states(), pooling, threads), NAN);
+    router_pool_packed(kernels(), states(), pooling, threads, scratch.data(), pooled.data());
+    return pooled;
+  }
 };
+
+// Rows [first, first + count) of a batch.
+Case rows_of(const Case& c, int64_t first, int64_t count) {
+  const auto hidden = c.hidden.begin() + first * c.T * c.D;
+  const auto mask = c.mask.begin() + first * c.T;
+  return {count, c.T, c.D, {hidden, hidden + count * c.T * c.D}, {mask, mask + count * c.T}};
+}
+
+TEST_CASE("neither threads nor the batch change a bit of sums over several blocks of tokens") {
+  for (const int64_t T : {129, 1025, 1500}) {
+    for (const double prompt_share : {1.0, .8}) {
+      const Case c = random_case(3, T, 577, prompt_share, 8);
+      const Packed packed(c);
+      for (const Pooling pooling : kPoolings) {
+        INFO("T " << T << ", share " << prompt_share << ", W " << pooling.W());
+        const std::vector<float> expected = pool(kernels(), c, pooling, 1);
+        for (const int threads : {2, 3, 4, 16}) {
+          INFO("threads " << threads);
+          CHECK(pool(kernels(), c, pooling, threads) == expected);
+          CHECK(packed.pool(pooling, threads) == expected);
+          std::vector<float> one_by_one;
+          for (int64_t b = 0; b < c.B; ++b) {
+            const std::vector<float> row = pool(kernels(), rows_of(c, b, 1), pooling, threads);
+            one_by_one.insert(one_by_one.end(), row.begin(), row.end());
+          }
+          CHECK(one_by_one == expected);
+        }
+      }
+    }
+  }
+}
 
 TEST_CASE("packed prompts give the bits of padded ones, forward and backward") {
   for (const Case& c : cases()) {
     const Packed packed(c);
     for (const Pooling pooling : kPoolings) {
       INFO("B " << c.B << ", T " << c.T << ", D " << c.D << ", W " << pooling.W());
-      std::vector<float> pooled(c.B * c.F(pooling)), padded = pooled;
-      router_pool_packed(kernels(), packed.states(), pooling, 2, pooled.data());
-      router_pool(kernels(), c.states(), c.mask_data(), pooling, 2, padded.data());
-      CHECK(pooled == padded);
+      CHECK(packed.pool(pooling, 2) == pool(kernels(), c, pooling, 2));
 
       const Case g = random_case(c.B, 1, c.F(pooling), 1, 11);
       std::vector<float> grad(packed.hidden.size(), NAN), padded_grad(c.hidden.size());
@@ -170,8 +211,8 @@ TEST_CASE("the backward pass is the adjoint: <pool(x), g> = <x, backward(g)>") {
     for (const Pooling pooling : kPoolings) {
       INFO("B " << c.B << ", T " << c.T << ", D " << c.D << ", W " << pooling.W());
       const Case g = random_case(c.B, 1, c.F(pooling), 1, 11);
-      std::vector<float> pooled(c.B * c.F(pooling)), grad(c.hidden.size(), NAN);
-      router_pool(kernels(), c.states(), c.mask_data(), pooling, 2, pooled.data());
+      const std::vector<float> pooled = pool(kernels(), c, pooling, 2);
+      std::vector<float> grad(c.hidden.size(), NAN);
       router_pool_backward(c.states(), c.mask_data(), pooling, g.hidden.data(), 2, grad.data());
       double forward = 0, backward = 0, magnitude = 0;
       for (size_t i = 0; i < pooled.size(); ++i) {

@@ -7,6 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+try:
+    from firstlm import _native
+except ImportError:  # not built for this Python, as `firstlm.native` says to those who need it
+    _native = None
+
 PoolKind = Literal["mean", "windowed_mean", "last"]
 
 
@@ -33,7 +38,8 @@ def router_pool(
     Raises:
         ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above.
     """
-    return _pool(hidden, prompt_mask, kind, windows)
+    pool = _native.router_pool if _is_eager(hidden) else _pool
+    return pool(hidden, prompt_mask, kind, windows)
 
 
 def router_pool_packed(
@@ -55,7 +61,8 @@ def router_pool_packed(
         ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above; on
             the CPU, offsets that do not rise from 0 to N.
     """
-    return _pool_packed(hidden, offsets, kind, windows)
+    pool = _native.router_pool_packed if _is_eager(hidden) else _pool_packed
+    return pool(hidden, offsets, kind, windows)
 
 
 def router_head(
@@ -88,7 +95,8 @@ def router_head(
     """
 
     dtype = pooled.dtype
-    return _head(
+    head = _native.router_head if _is_eager(pooled) else _head
+    return head(
         pooled,
         _as_type(weight, dtype),
         _as_type(bias, dtype),
@@ -102,6 +110,12 @@ def _as_type(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if parameter is None or parameter.dtype == dtype:
         return parameter
     return parameter.to(dtype)
+
+
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether `_native` may call the op: twice as fast, but torch.compile and subclasses' own
+    __torch_function__ see only what torch.ops has."""
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and _native is not None
 
 
 # Looked up once: of short prompts, the lookup would be a good part of the time.
