@@ -322,6 +322,39 @@ def test_train_generate_and_info_on_its_checkpoint(command, base: Path, tmp_path
     assert json.loads(answer.out)["tokens"] >= 1
 
 
+def test_calibrate_prints_what_it_found_and_generate_uses_it(
+    command, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    data = tmp_path / "held-out.jsonl"
+    data.write_text("".join(json.dumps({"q": f"count {i}", "a": f"{i}"}) + "\n" for i in range(30)))
+    options = ("calibrate", folder, "--data", data, "--prompt-column", "q", "--answer-column", "a",
+               "--prompts", 10, "--rates", "0.2,0.4")  # fmt: skip
+    table = command(*options)
+    assert table.code == 0, table.err
+    assert [line.split()[0] for line in table.out.splitlines()[2:]] == ["asked", "0.2", "0.4"]
+    assert command("generate", "-c", folder, "--budget", 0.4, "-n", 2, "count 3").code == 0
+    short = ("--examples", 4, "--timing-prompts", 1, "--repeats", 1, "--new-tokens", 3)
+    found = json.loads(command(*options, *short, "--tpot-ms", 1e6, "--json").out)
+    assert found["choice"]["met"] and found["choice"]["rate"] == 0 and found["schema_version"] == 1
+    assert found["choice"]["path"]["precision"] == "int8" and len(found["rows"]) == 3
+    unmet = command(*options, *short, "--tpot-reduction", 0.9999, "--engine", "hf")
+    assert unmet.code == 0 and "fallback: the full model" in unmet.out
+    assert "the request cannot be met" in unmet.err
+    assert json.loads(command("info", folder, "--json").out)["routers"]["chosen"]["met"] is False
+    plan = json.loads(command("plan", "-c", folder, "--json", "count 3").out)
+    assert plan["skip_rate"] == 0
+    for arguments, code, message in (
+        (["calibrate", folder], 2, "--data"),
+        ([*options, "--rates", "a"], 2, "takes numbers"),
+        ([*options, "--rates", "0.9"], 1, "3 of 6 layers are protected"),
+        ([*options, "--tpot-ms", 3, "--tpot-reduction", 0.3], 1, "give one"),
+        (["calibrate", folder / "none", "--data", data], 1, "does not exist"),
+    ):
+        wrong = command(*arguments)
+        assert wrong.code == code and message in wrong.err and "Traceback" not in wrong.err
+
+
 def test_plans_in_every_written_form() -> None:
     plan = SkipPlan((0, 2), 3)
     assert cli_input.parse_plan("▮▯▮", 3) == cli_input.parse_plan(plan.to_json(), 3) == plan

@@ -34,6 +34,8 @@ def after_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model.router_config.calibration = {"0.00": [0.0] * 6, "0.50": [0.5] * 6}
     model.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(base).save_pretrained(checkpoint)
+    lines = [json.dumps({"prompt": f"say {i}", "answer": f"word {i}"}) for i in range(40)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FIRSTLM_CACHE", str(tmp_path / "cache"))
@@ -67,6 +69,12 @@ def test_commands_run_as_written(
     arguments = shlex.split(line, comments=True)
     if arguments[1] == "train":
         arguments.append("--print-config")  # the settings are checked, hours are not spent
+    if arguments[1] == "calibrate":  # prompts that fit the tiny model, and few of them
+        arguments = [a.replace("debian-synopsis", "few.jsonl") for a in arguments]
+        arguments += ["--timing-prompts", "1", "--repeats", "1", "--new-tokens", "3"]
+        arguments += ["--examples", "8", "--max-new-tokens", "4"]
+        if "--min-quality" in arguments:  # a random model's ROUGE-L is 0
+            arguments += ["--metric", "cross_entropy"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as exit:
         cli.main()

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from firstlm.calibration import Calibration, calibrate
     from firstlm.engine import Engine
     from firstlm.lm_eval_model import LM  # noqa: F401
     from firstlm.loading import from_pretrained
@@ -31,11 +32,14 @@ _PUBLIC = {
     "TrainResult": "training",
     "Trainer": "trainer",
     "train": "training",
+    "Calibration": "calibration",
+    "calibrate": "calibration",
     "LM": "lm_eval_model",
 }
 
 # Without "LM", which needs an extra: `from firstlm import *` works without it.
 __all__ = [
+    "Calibration",
     "Engine",
     "Router",
     "RouterConfig",
@@ -44,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "calibrate",
     "from_pretrained",
     "train",
 ]

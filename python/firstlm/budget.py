@@ -34,7 +34,10 @@ def rate_key(rate: float) -> str:
 
 @torch.no_grad()
 def keep_probabilities(
-    model: Any, prompts: Sequence[Sequence[int]], batch_size: int = 16
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Keep probability of every layer for every prompt, under the model's own plans.
 
@@ -42,6 +45,7 @@ def keep_probabilities(
         model: from firstlm.from_pretrained; its mode (train/eval) is restored afterwards.
         prompts: N lists of token ids.
         batch_size: prompts of like length are run together.
+        progress: called with the number of prompts done since the last call.
 
     Returns:
         [N, L] f32 (f64 of a f64 model) on the CPU, in the order of `prompts`.
@@ -60,15 +64,22 @@ def keep_probabilities(
             keep_prob = model.plan(**inputs).keep_prob
             for row, i in enumerate(chosen):
                 found[i] = keep_prob[row].cpu()
+            if progress is not None:
+                progress(len(chosen))
     finally:
         model.train(was_training)
     return torch.stack([p for p in found if p is not None])
 
 
-def keep_masks(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The model's own plans of N prompts, as a bool mask [N, L]."""
+def keep_masks(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """The model's own plans of N prompts, as a bool mask [N, L]; `progress` as above."""
     config = model.router_config
-    return keep_mask_of(keep_probabilities(model, prompts), config.thresholds, config.protected)
+    keep_prob = keep_probabilities(model, prompts, progress=progress)
+    return keep_mask_of(keep_prob, config.thresholds, config.protected)
 
 
 def skip_rate_of(mask: torch.Tensor) -> float:
@@ -161,6 +172,8 @@ def calibrate_thresholds(
     tolerance: float = 0.005,
     max_passes: int = 6,
     progress: Callable[[float, float], None] | None = None,
+    found_one: Callable[[str, list[float]], None] | None = None,
+    prompts_done: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Thresholds for every asked skip rate, found on `prompts`.
 
@@ -175,6 +188,8 @@ def calibrate_thresholds(
         tolerance: a rate this close is good enough.
         max_passes: prefills of all prompts per rate, at most (the nearest trial is taken then).
         progress: called with (asked, achieved) after every rate.
+        found_one: called with (rate_key(rate), thresholds) after every rate, to keep them.
+        prompts_done: called with the number of prompts prefilled since the last call.
 
     Returns:
         {rate_key(rate): thresholds [L]}, for RouterConfig.calibration.
@@ -185,21 +200,15 @@ def calibrate_thresholds(
     config = model.router_config
     num_layers = len(model.decoder_layers)
     protected = config.protected
-    free = [i for i in range(num_layers) if i not in protected]
-    most = len(free) / num_layers
-    for rate in rates:
-        if not 0.0 <= rate < 1.0 or (rate > 0 and rate > most + tolerance):
-            raise ValueError(
-                f"skip rate {rate} cannot be reached: {len(protected)} of {num_layers} layers are "
-                f"protected, so at most {most:.3f} can be skipped"
-            )
-    before = list(model.router_config.thresholds)
+    check_rates(rates, num_layers, protected, tolerance)
+    before = list(config.thresholds)
 
     def run(thresholds: Sequence[float]) -> torch.Tensor:
         model.set_thresholds(list(thresholds))
-        return keep_probabilities(model, prompts, batch_size)
+        return keep_probabilities(model, prompts, batch_size, prompts_done)
 
     base = keep_logits(torch.tensor(before))
+    free = [i for i in range(num_layers) if i not in protected]
     search = _Search(run, base, free, protected, routed=config.prefill == "route")
     found: dict[str, list[float]] = {}
     try:
@@ -209,11 +218,30 @@ def calibrate_thresholds(
             for layer in protected:
                 thresholds[layer] = before[layer]
             found[rate_key(rate)] = thresholds
+            if found_one is not None:
+                found_one(rate_key(rate), thresholds)
             if progress is not None:
                 progress(rate, 0.0 if trial is None else trial.rate)
     finally:
-        model.set_thresholds(before)
+        model.router_config = config
     return found
+
+
+def check_rates(
+    rates: Sequence[float], num_layers: int, protected: Sequence[int], tolerance: float = 0.005
+) -> None:
+    """Refuse skip rates that no thresholds can reach.
+
+    Raises:
+        ValueError: a rate outside [0, 1) or above what protected layers leave.
+    """
+    most = 1.0 - len(protected) / num_layers
+    for rate in rates:
+        if not 0.0 <= rate < 1.0 or (rate > 0 and rate > most + tolerance):
+            raise ValueError(
+                f"skip rate {rate} cannot be reached: {len(protected)} of {num_layers} layers are "
+                f"protected, so at most {most:.3f} can be skipped"
+            )
 
 
 def _search_rate(search: _Search, asked: float, tolerance: float, max_passes: int) -> _Trial:

@@ -1,4 +1,4 @@
-"""The `firstlm` command: train, generate, plan, info, lm-eval, bench.
+"""The `firstlm` command: train, calibrate, generate, plan, info, lm-eval, bench.
 
 Results go to stdout, everything else (progress, notes, errors) to stderr. Torch and transformers
 are imported inside the commands, so that `--help` is instant.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import firstlm
-from firstlm import cli_bench, cli_input
+from firstlm import cli_bench, cli_calibrate, cli_input
 
 EPILOG = (
     "Exit codes: 0 done, 1 an error (one line on stderr; --debug or FIRSTLM_DEBUG=1 shows the "
@@ -172,6 +172,9 @@ def _leave_process_group() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+app.command("calibrate")(reports_errors(cli_calibrate.calibrate))
 
 
 @app.command()

@@ -88,11 +88,20 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             "protected": config.protected,
             "thresholds": config.thresholds,
             "calibrated_skip_rates": sorted(float(rate) for rate in config.calibration),
+            **_choice(config.choice),
         },
         "adapter": _adapter(folder / checkpoint.ADAPTER_FOLDER),
         "tokenizer": (folder / "tokenizer_config.json").is_file(),
         "megabytes": _megabytes(folder),
     }
+
+
+def _choice(choice: dict[str, Any] | None) -> dict[str, Any]:
+    """How `firstlm calibrate` chose the thresholds, without its table and machine."""
+    if choice is None:
+        return {}
+    told = ("asked", "rate", "met", "reason", "path")
+    return {"chosen": {name: choice[name] for name in told if name in choice}}
 
 
 def _base(name: str) -> dict[str, Any]:

@@ -45,6 +45,17 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(map(int, found))
 
 
+def numbers(text: str, option: str) -> list[float]:
+    """The numbers of a comma-separated list."""
+    try:
+        found = [float(name) for name in names(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise typer.BadParameter(f"{option} takes numbers, as 0.1,0.2; got {text!r}")
+    return found
+
+
 def read_prompts(given: list[str], file: str | None, interactive: bool = False) -> list[Any]:
     """Texts or chats, from the command line, a JSONL file, or stdin; none for a conversation."""
     if interactive:
@@ -144,20 +155,25 @@ def check_model_exists(name: str) -> None:
 def load(checkpoint: str, dtype: str | None):
     """(model, tokenizer) of a checkpoint or base."""
     check_model_exists(checkpoint)
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    quiet_libraries()
     from firstlm.checkpoint import is_checkpoint
     from firstlm.loading import from_pretrained
     from firstlm.tokenizer import load_tokenizer
 
-    # PEFT asks transformers under a name that transformers has deprecated.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     model = from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
     if not is_checkpoint(checkpoint):
         note_no_routers(checkpoint)
     return model, load_tokenizer(checkpoint)
+
+
+def quiet_libraries() -> None:
+    """No bars where nobody looks, and no warning of PEFT's that users can do nothing about."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    # PEFT asks transformers under a name that transformers has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def note_no_routers(checkpoint: str) -> None:

@@ -74,9 +74,9 @@ class RoutedModel:
             yield from layer.router.parameters()
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Replace the thresholds, one a layer."""
+        """Replace the thresholds, one a layer; how the old ones were chosen is forgotten."""
         self.router_config = dataclasses.replace(
-            self.router_config, thresholds=[float(t) for t in thresholds]
+            self.router_config, thresholds=[float(t) for t in thresholds], choice=None
         ).resolved(len(self.decoder_layers))
 
     # -- forward ----------------------------------------------------------------------------------

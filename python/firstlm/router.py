@@ -49,6 +49,7 @@ class RouterConfig:
         protected: layers that are always kept; negative indices count from the end.
         thresholds: keep iff keep_prob >= threshold; one number or one a layer.
         calibration: asked skip rate (as text, "0.30") -> thresholds that gave it on held-out data.
+        choice: how `firstlm calibrate` chose the thresholds: what was asked and what was measured.
         base_model_name_or_path, base_revision, base_config_sha256, num_layers: the base model,
             filled in when the routers are attached.
     """
@@ -63,6 +64,7 @@ class RouterConfig:
     protected: list[int] = field(default_factory=lambda: [0, 1, -1])
     thresholds: float | list[float] = 0.5
     calibration: dict[str, list[float]] = field(default_factory=dict)
+    choice: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
     base_config_sha256: str | None = None
@@ -157,8 +159,11 @@ class RouterConfig:
         return torch.sigmoid(torch.lerp(low, high, share)).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON types."""
-        return dataclasses.asdict(self)
+        """The config as plain JSON types; without a choice, of what earlier releases read too."""
+        values = dataclasses.asdict(self)
+        if self.choice is None:
+            del values["choice"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RouterConfig:

@@ -79,7 +79,7 @@ def load_train_data(
                 for kind in ("prompt", "answer", "messages")
             }
             train = given.get("train") or settings.train
-            dataset = _load(source, train, name, limit, seed, columns)
+            dataset = load_set(source, train, name, limit, seed, columns)
             encoded = encode_dataset(dataset, tokenizer, settings.max_length, progress=progress)
             too_long[name] = len(encoded.too_long)
             sets[name] = encoded
@@ -137,10 +137,19 @@ def _first(rows: Any, limit: int | None) -> Any:
     return rows if limit is None or len(rows) <= limit else [rows[i] for i in range(limit)]
 
 
-def _load(
+def load_set(
     source: Any, train: Any, split: str, limit: int | None, seed: int, columns: Mapping[str, Any]
 ) -> Any:
-    """A set's examples: its own source, a split of the training corpora, or a share of a file."""
+    """A set's examples: its own source, a split of the training corpora, or a share of a file.
+
+    Args:
+        source: of this set; None: taken from `train`.
+        train: of the training set.
+        split: which set.
+        limit: the first so many.
+        seed: of a mixture's order.
+        columns: of corpus.load_corpus.
+    """
     if source is not None and split != "train":
         # A file given for a held-out set is all of it; a corpus or folder has the split.
         parts = list(source) if isinstance(source, (list, tuple)) else [source]

@@ -206,6 +206,7 @@ class _Run:
         own = loading.checkpoint.is_checkpoint(source)
         model = loading.from_pretrained(source, router=None if own else router, **options)
         if own:
+            model.router_config.choice = None  # of a model that is about to change
             self._warn_of_settings_without_effect(model, source, router)
         device = config.device or str(self.state.device)
         return model.to(device)
