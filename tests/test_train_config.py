@@ -117,6 +117,9 @@ def test_all_complaints_come_in_one_message():
         {"calibrate_rates": [0.3, 1.0]},
         {"plan_search_examples": 0},
         {"plan_search_trials": -1},
+        {"control_plan": "random"},
+        {"control_plan": "random:-1"},
+        {"control_plan": "most_kept:"},
         {"data": {"messages_column": "chat", "prompt_column": "question"}},
     ],
 )

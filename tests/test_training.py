@@ -346,6 +346,11 @@ def test_settings_that_do_not_fit_the_model_stop_before_training(
         ("lora_only", "importance", [8], 6),
         ("static", "importance", [2, 6], 4),
         ("static", "greedy", [2, 6], 4),
+        ("static", "uniform", [2, 6], 4),
+        ("static", "random:3", [2, 6], 4),
+        ("static", "first", [2, 6], 4),
+        ("static", "last", [2, 6], 4),
+        ("static", "block_influence", [2, 6], 4),
         ("static", [0, 1, 4, 5], [2, 6], 4),
     ],
 )

@@ -1,10 +1,15 @@
 """Rival ways to pick layers, as static plans of an asked size: what FiRST has to beat.
 
-importance   drop the layers whose single absence costs least cross-entropy
-greedy       drop one layer after the other, each time the one that costs least then
-most_kept    keep the layers that trained routers keep most often
+uniform          drop layers at equal distances
+random:SEED      drop layers drawn at random
+first, last      drop the first or the last layers; `last` is an early exit at a fixed layer
+block_influence  drop the layers that change the hidden state least (ShortGPT, arXiv 2403.03853)
+importance       drop the layers whose single absence costs least cross-entropy
+greedy           drop one layer after the other, each time the one that costs least then
+most_kept        keep the layers that trained routers keep most often
 
-LoRA-only is no rule of its own: it is the plan that keeps every layer. L layers below.
+No rule drops a protected layer. LoRA-only is no rule of its own: it is the plan that keeps every
+layer. L layers below.
 """
 
 from __future__ import annotations
@@ -32,14 +37,70 @@ def layers_to_drop(skip_rate: float, num_layers: int, protected: Sequence[int]) 
     return count
 
 
+def uniform_plan(num_layers: int, skip_rate: float, protected: Sequence[int]) -> list[bool]:
+    """Keep mask [L] that drops unprotected layers at equal distances, the ends spared."""
+    free = _free_layers(num_layers, protected)
+    count = layers_to_drop(skip_rate, num_layers, protected)
+    return _without(
+        num_layers, [free[(2 * i + 1) * len(free) // (2 * count)] for i in range(count)]
+    )
+
+
+def random_plan(
+    num_layers: int, skip_rate: float, protected: Sequence[int], seed: int
+) -> list[bool]:
+    """Keep mask [L]; every set of unprotected layers is dropped equally likely."""
+    free = _free_layers(num_layers, protected)
+    count = layers_to_drop(skip_rate, num_layers, protected)
+    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed)).tolist()
+    return _without(num_layers, [free[i] for i in order[:count]])
+
+
+def first_plan(num_layers: int, skip_rate: float, protected: Sequence[int]) -> list[bool]:
+    """Keep mask [L] without the first unprotected layers."""
+    count = layers_to_drop(skip_rate, num_layers, protected)
+    return _without(num_layers, _free_layers(num_layers, protected)[:count])
+
+
+def last_plan(num_layers: int, skip_rate: float, protected: Sequence[int]) -> list[bool]:
+    """Keep mask [L] without the last unprotected layers: an early exit, but for protected ones."""
+    count = layers_to_drop(skip_rate, num_layers, protected)
+    free = _free_layers(num_layers, protected)
+    return _without(num_layers, free[len(free) - count :])
+
+
+_BY_POSITION = {"uniform": uniform_plan, "first": first_plan, "last": last_plan}
+
+
+def plan_by_position(
+    rule: str, num_layers: int, skip_rate: float, protected: Sequence[int]
+) -> list[bool] | None:
+    """Keep mask [L] of a rule that measures nothing: uniform, first, last, or random:SEED.
+
+    None for every other rule.
+    """
+    if rule.startswith("random:"):
+        return random_plan(num_layers, skip_rate, protected, int(rule.partition(":")[2]))
+    if rule in _BY_POSITION:
+        return _BY_POSITION[rule](num_layers, skip_rate, protected)
+    return None
+
+
+def _free_layers(num_layers: int, protected: Sequence[int]) -> list[int]:
+    return [i for i in range(num_layers) if i not in set(protected)]
+
+
+def _without(num_layers: int, dropped: Sequence[int]) -> list[bool]:
+    return [i not in set(dropped) for i in range(num_layers)]
+
+
 def importance_plan(
     importance: Sequence[float], skip_rate: float, protected: Sequence[int]
 ) -> list[bool]:
-    """Keep mask [L] without the layers of least importance."""
+    """Keep mask [L] without the layers of least importance, or of least block influence."""
     count = layers_to_drop(skip_rate, len(importance), protected)
-    free = [i for i in range(len(importance)) if i not in set(protected)]
-    dropped = set(sorted(free, key=lambda i: (importance[i], i))[:count])
-    return [i not in dropped for i in range(len(importance))]
+    free = _free_layers(len(importance), protected)
+    return _without(len(importance), sorted(free, key=lambda i: (importance[i], i))[:count])
 
 
 def greedy_plan(
@@ -119,7 +180,7 @@ def importance_bias(
     only add to it. Protected layers take the highest logit.
     """
     num_layers = len(importance)
-    free = [i for i in range(num_layers) if i not in set(protected)]
+    free = _free_layers(num_layers, protected)
     order = sorted(free, key=lambda i: (importance[i], i))
     count = layers_to_drop(skip_rate, num_layers, protected)
     step = 2 * spread / max(len(order) - 1, 1)

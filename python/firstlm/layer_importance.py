@@ -1,4 +1,5 @@
-"""How much a model's answers need each decoder layer: the rise of cross-entropy without it.
+"""How much each decoder layer matters: the rise of the answers' cross-entropy without it, or how far
+it turns the hidden state (block influence).
 
 Letters: B sequences of a batch, T tokens, D hidden_size, L layers.
 """
@@ -75,6 +76,69 @@ def _loss_without(
     keep[:, :layer] = False
     with _replaced_input(model.decoder_layers[layer + 1], state):
         return score_batch(model, batch, None, keep)[0].sum()
+
+
+@torch.no_grad()
+def measure_block_influence(
+    model: Any,
+    examples: Sequence[Any],
+    collator: Collator,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """ShortGPT's block influence: 1 - cosine of a layer's input and output, mean over all tokens.
+
+    Args:
+        model: from firstlm.from_pretrained; its mode (train/eval) is restored afterwards.
+        examples: encoded rows; tokens of prompts and answers count alike.
+        collator: rows -> padded tensors.
+        batch_size: rows per forward pass.
+        progress: called with the number of examples done since the last call.
+
+    Returns:
+        [L], in [0, 2], of an unskipped pass of `model` as it is, adapter included.
+    """
+    sums = torch.zeros(len(model.decoder_layers), dtype=torch.float64)
+    tokens = 0
+    by_length = sorted(examples, key=lambda row: len(row["input_ids"]))
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(by_length), batch_size):
+            batch = collator(by_length[start : start + batch_size])
+            batch.pop("labels")
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            real = batch["attention_mask"].bool()  # [B, T]
+            keep = torch.ones(len(real), len(sums), dtype=torch.bool)
+            with _added_turns(model, real, sums):
+                model(**batch, use_cache=False, skip_plan=keep, logits_to_keep=1)
+            tokens += int(real.sum())
+            if progress is not None:
+                progress(len(real))
+    finally:
+        model.train(was_training)
+    return (sums / tokens).tolist()
+
+
+@contextlib.contextmanager
+def _added_turns(model: Any, real: torch.Tensor, sums: torch.Tensor) -> Iterator[None]:
+    """Adds to `sums` [L] what each layer of a pass turns the states of `real` [B, T] tokens."""
+
+    def add(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> None:
+        state = args[0] if args else kwargs["hidden_states"]  # [B, T, D]
+        before, after = state[real].double(), output[real.to(output.device)].double()
+        cosine = torch.cosine_similarity(before, after.to(before.device), dim=-1)
+        sums[module.router.layer_idx] += (1 - cosine).sum().cpu()
+
+    handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in model.decoder_layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -26,9 +26,10 @@ from firstlm.controls import (
     keep_share_of_run,
     layers_to_drop,
     most_kept_plan,
+    plan_by_position,
     set_keep_bias,
 )
-from firstlm.layer_importance import measure_importance
+from firstlm.layer_importance import measure_block_influence, measure_importance
 from firstlm.phases import (
     Phase,
     fixed_plan_phase,
@@ -274,14 +275,18 @@ class PhaseStarts:
         """CE rise of every layer at the start of phase `when`, measured once per run."""
         known = self.folder.read("importance.json") or {}
         if when not in known:
-            count = min(self.config.importance_examples, len(self.data.validation))
-            examples = [self.data.validation[i] for i in range(count)]
+            examples = self._measured_examples()
             with self.bar("layer importance", len(self.model.decoder_layers)) as update:
                 known[when] = measure_importance(
                     self.model, examples, self.data.collator, progress=update
                 )
             self.folder.write("importance.json", known)
         return known[when]
+
+    def _measured_examples(self) -> list[Any]:
+        """The validation examples that layers are measured on."""
+        count = min(self.config.importance_examples, len(self.data.validation))
+        return [self.data.validation[i] for i in range(count)]
 
     def static_plan(self) -> list[bool]:
         """The plan of a control, decided once per run."""
@@ -302,13 +307,22 @@ class PhaseStarts:
         if config.control_plan.startswith("most_kept:"):
             share, rate = keep_share_of_run(config.control_plan.partition(":")[2])
             return most_kept_plan(share, rate, protected)
+        by_position = plan_by_position(config.control_plan, num_layers, config.skip_rate, protected)
+        if by_position is not None:
+            return by_position
+        if config.control_plan == "block_influence":
+            examples = self._measured_examples()
+            with self.bar("block influence", len(examples)) as update:
+                influence = measure_block_influence(
+                    self.model, examples, self.data.collator, progress=update
+                )
+            return importance_plan(influence, config.skip_rate, protected)
         if config.control_plan == "greedy":
-            count = min(config.importance_examples, len(self.data.validation))
-            examples = [self.data.validation[i] for i in range(count)]
             with self.bar("greedy static plan", None) as update:
                 return greedy_plan(
-                    self.model, examples, self.data.collator, config.skip_rate, progress=update
-                )
+                    self.model, self._measured_examples(), self.data.collator, config.skip_rate,
+                    progress=update,
+                )  # fmt: skip
         if config.control_plan == "search":
             return self._searched_plan()
         return importance_plan(self._importance("control"), config.skip_rate, protected)

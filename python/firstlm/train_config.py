@@ -196,7 +196,8 @@ class TrainConfig:
     )
     control_plan: str | list[int] = setting(
         "importance",
-        "static: kept layers, or where they come from: importance, greedy, search (swaps, as "
+        "static: kept layers, or where they come from: uniform, random:SEED, first or last "
+        "(dropped), block_influence, importance, greedy, search (swaps, as "
         "router.keep_bias=plans starts), or most_kept:FOLDER (a firstlm run or checkpoint)",
     )
     batch_size: int = setting(8, "sequences per process and forward pass")

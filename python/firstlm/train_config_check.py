@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from firstlm.train_config import PhaseConfig, TrainConfig
 
 PHASES = ("warmup", "routers", "lora")
+_PLAN_RULES = r"uniform|random:\d+|first|last|block_influence|importance|greedy|search|most_kept:.+"
 
 
 def _positive(name: str, value: float, least: float = 1) -> Iterator[str]:
@@ -61,12 +63,11 @@ def _about_run(c: TrainConfig) -> Iterator[str]:
         yield f"router.windows={c.router.windows}: goes with router.pooling=windowed_mean only"
     yield from _positive("router.bottleneck", c.router.bottleneck)
     yield from _positive("router.keep_bias_spread", c.router.keep_bias_spread, 0)
-    rules = ("importance", "greedy", "search")
-    plan = c.control_plan
-    if isinstance(plan, str) and plan not in rules and not plan.startswith("most_kept:"):
+    if isinstance(c.control_plan, str) and not re.fullmatch(_PLAN_RULES, c.control_plan):
         yield (
-            f"control_plan={plan!r}: must be importance, greedy, search, most_kept:FOLDER, or "
-            "a list of kept layers"
+            f"control_plan={c.control_plan!r}: must be uniform, random:SEED, first, last, "
+            "block_influence, importance, greedy, search, most_kept:FOLDER, or a list of kept "
+            "layers"
         )
 
 
