@@ -1,5 +1,5 @@
-"""How much each decoder layer matters: the rise of the answers' cross-entropy without it, or how far
-it turns the hidden state (block influence).
+"""How much each decoder layer matters: the rise of the answers' cross-entropy without it, or how
+far it turns the hidden state (block influence).
 
 Letters: B sequences of a batch, T tokens, D hidden_size, L layers.
 """
