@@ -20,6 +20,16 @@ void check_matrix(const std::string& name, const PackedMatrix& matrix, int64_t N
                               std::to_string(N) + ", " + std::to_string(K) + "]");
 }
 
+void check_linear(const std::string& name, const Linear& linear, int64_t N, int64_t K) {
+  check_matrix(name, linear.weight, N, K);
+  const LowRank& low_rank = linear.low_rank;
+  if (low_rank.R() == 0 || (low_rank.A.K == K && low_rank.B.N == N)) return;
+  throw std::invalid_argument("the adapter of " + name + " has " + std::to_string(low_rank.A.K) +
+                              " inputs and " + std::to_string(low_rank.B.N) +
+                              " outputs; the config asks for " + std::to_string(K) + " and " +
+                              std::to_string(N));
+}
+
 void check_config(const DecoderConfig& config) {
   const auto require = [](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
@@ -40,7 +50,7 @@ void check_config(const DecoderConfig& config) {
 
 void check_weights(const DecoderConfig& config, const DecoderWeights& weights) {
   check_matrix("embed_tokens", weights.embedding, config.V, config.D);
-  check_matrix("lm_head", weights.head, config.V, config.D);
+  check_linear("lm_head", weights.head, config.V, config.D);
   if (static_cast<int64_t>(weights.layers.size()) != config.L) {
     throw std::invalid_argument("weights of " + std::to_string(weights.layers.size()) +
                                 " layers were given; the config has " + std::to_string(config.L));
@@ -49,10 +59,10 @@ void check_weights(const DecoderConfig& config, const DecoderWeights& weights) {
   for (int64_t l = 0; l < config.L; ++l) {
     const LayerWeights& layer = weights.layers[l];
     const std::string name = "layers." + std::to_string(l) + ".";
-    check_matrix(name + "qkv_proj", layer.qkv, queries + 2 * config.H * config.head_dim, config.D);
-    check_matrix(name + "o_proj", layer.output, config.D, queries);
-    check_matrix(name + "gate_up_proj", layer.gate_up, 2 * config.I, config.D);
-    check_matrix(name + "down_proj", layer.down, config.D, config.I);
+    check_linear(name + "qkv_proj", layer.qkv, queries + 2 * config.H * config.head_dim, config.D);
+    check_linear(name + "o_proj", layer.output, config.D, queries);
+    check_linear(name + "gate_up_proj", layer.gate_up, 2 * config.I, config.D);
+    check_linear(name + "down_proj", layer.down, config.D, config.I);
   }
 }
 
@@ -60,11 +70,15 @@ int64_t outputs_of(const PackedMatrix& matrix, int64_t panel) {
   return std::min(matrix.N, panel * kPanelRows);
 }
 
-void add_bias(const float* bias, int64_t first, int64_t last, int64_t A, float* y, int64_t stride) {
-  if (!bias) return;
-  for (int64_t a = 0; a < A; ++a) {
-    for (int64_t n = first; n < last; ++n) y[a * stride + n] += bias[n];
+// The greatest rank of an adapter.
+int64_t max_rank(const DecoderWeights& weights) {
+  int64_t R = weights.head.low_rank.R();
+  for (const LayerWeights& layer : weights.layers) {
+    for (const Linear* linear : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+      R = std::max(R, linear->low_rank.R());
+    }
   }
+  return R;
 }
 
 }  // namespace
@@ -118,6 +132,7 @@ Decoder::Pass::Pass(Decoder& decoder, Team& team, std::vector<Segment>& segments
   shared.sines.reserve(N * decoder.rope_.rotated_dim() / 2);
   shared.projected.reserve(N * width);
   shared.inner.reserve(N * width);
+  shared.low_rank.reserve(N * max_rank(decoder.weights_));
   shared.maxima.reserve(N * config.Hq * splits);
   shared.totals.reserve(N * config.Hq * splits);
   shared.sums.reserve(N * config.Hq * splits * padded_head_dim(config.head_dim));
@@ -199,83 +214,108 @@ void Decoder::Pass::count(int64_t layer) {
 void Decoder::Pass::run_attention(Share share, int64_t layer) {
   const LayerWeights& weights = decoder.weights_.layers[layer];
   const ActiveTokens& active = shared.threads[share.rank].active;
-  const std::byte* input = prepare_normed(share, weights.qkv.precision, weights.attention_norm,
-                                          active.rows.data(), active.A());
-  const auto [first, last] = share.of(weights.qkv.panels());
-  float* projected = shared.projected.data();
-  multiply(kernels, weights.qkv, input, active.A(), first, last, projected, width);
-  add_bias(weights.qkv_bias, outputs_of(weights.qkv, first), outputs_of(weights.qkv, last),
-           active.A(), projected, width);
+  const std::byte* input =
+      prepare_normed(share, weights.qkv, weights.attention_norm, active.rows.data(), active.A());
+  const auto [first, last] = share.of(weights.qkv.weight.panels());
+  multiply(weights.qkv, input, active.A(), first, last, shared.projected.data(), width);
   team.barrier();
   attend(share, layer);
   team.barrier();
-  input = prepare(share, weights.output.precision, shared.inner.data(), width, active.A(),
-                  config.Hq * config.head_dim);
-  add_product(share, weights.output, weights.output_bias, input, active);
+  input = prepare(share, weights.output, shared.inner.data(), width, active.A());
+  add_product(share, weights.output, input, active);
   team.barrier();
 }
 
 void Decoder::Pass::run_mlp(Share share, int64_t layer) {
   const LayerWeights& weights = decoder.weights_.layers[layer];
   const ActiveTokens& active = shared.threads[share.rank].active;
-  const std::byte* input = prepare_normed(share, weights.gate_up.precision, weights.mlp_norm,
-                                          active.rows.data(), active.A());
+  const std::byte* input =
+      prepare_normed(share, weights.gate_up, weights.mlp_norm, active.rows.data(), active.A());
   // A panel of gates and its panel of ups stay together.
   const auto [first, last] = share.of(config.I / kPanelRows);
   float* gate_up = shared.projected.data();
   float* inner = shared.inner.data();
-  multiply(kernels, weights.gate_up, input, active.A(), 2 * first, 2 * last, gate_up, width);
-  add_bias(weights.gate_up_bias, 2 * first * kPanelRows, 2 * last * kPanelRows, active.A(), gate_up,
-           width);
+  multiply(weights.gate_up, input, active.A(), 2 * first, 2 * last, gate_up, width);
   for (int64_t a = 0; a < active.A(); ++a) {
     silu_and_multiply(kernels, gate_up + a * width + 2 * first * kPanelRows,
                       (last - first) * kPanelRows, inner + a * width + first * kPanelRows);
   }
   team.barrier();
-  input = prepare(share, weights.down.precision, inner, width, active.A(), config.I);
-  add_product(share, weights.down, weights.down_bias, input, active);
+  input = prepare(share, weights.down, inner, width, active.A());
+  add_product(share, weights.down, input, active);
   team.barrier();
 }
 
-const std::byte* Decoder::Pass::prepare(Share share, Precision precision, const float* x,
-                                        int64_t stride, int64_t A, int64_t K) {
+const std::byte* Decoder::Pass::prepare(Share share, const Linear& linear, const float* x,
+                                        int64_t stride, int64_t A) {
+  const Precision precision = linear.weight.precision;
+  const int64_t K = linear.weight.K;
+  const Share::Range panels{0, linear.low_rank.A.panels()};
   const int64_t bytes = input_bytes(kernels, precision, A, K);
   if (A <= kFewTokens) {
     std::byte* input = shared.threads[share.rank].input.reserve(bytes);
     prepare_input(kernels, precision, x, stride, A, K, 0, A, input);
+    multiply_A(share, linear.low_rank, x, stride, {0, A}, share.of(panels.last));
     return input;
   }
   // Reserved by one thread: the others see the pointer after the barrier.
   if (share.rank == 0) shared.input.reserve(bytes);
   team.barrier();
-  const auto [first, last] = share.of(A);
-  prepare_input(kernels, precision, x, stride, A, K, first, last, shared.input.data());
+  const Share::Range tokens = share.of(A);
+  prepare_input(kernels, precision, x, stride, A, K, tokens.first, tokens.last,
+                shared.input.data());
+  multiply_A(share, linear.low_rank, x, stride, tokens, panels);
   team.barrier();
   return shared.input.data();
 }
 
-const std::byte* Decoder::Pass::prepare_normed(Share share, Precision precision,
-                                               const float* weight, const int64_t* rows,
-                                               int64_t A) {
+const std::byte* Decoder::Pass::prepare_normed(Share share, const Linear& linear, const float* norm,
+                                               const int64_t* rows, int64_t A) {
   const int64_t D = config.D;
   const bool few = A <= kFewTokens;
   float* normed =
       few ? shared.threads[share.rank].normed.reserve(kFewTokens * D) : shared.normed.data();
   const auto [first, last] = few ? Share::Range{0, A} : share.of(A);
   for (int64_t a = first; a < last; ++a) {
-    rms_norm(kernels, shared.hidden.data() + rows[a] * D, weight, D, config.norm_eps,
-             normed + a * D);
+    rms_norm(kernels, shared.hidden.data() + rows[a] * D, norm, D, config.norm_eps, normed + a * D);
   }
-  return prepare(share, precision, normed, D, A, D);
+  return prepare(share, linear, normed, D, A);
 }
 
-void Decoder::Pass::add_product(Share share, const PackedMatrix& matrix, const float* bias,
-                                const std::byte* input, const ActiveTokens& active) {
-  const auto [first, last] = share.of(matrix.panels());
+void Decoder::Pass::multiply_A(Share share, const LowRank& low_rank, const float* x, int64_t stride,
+                               Share::Range tokens, Share::Range panels) {
+  const int64_t M = tokens.last - tokens.first, K = low_rank.A.K, R = low_rank.R();
+  if (M == 0 || R == 0) return;
+  const Precision precision = low_rank.A.precision;
+  std::byte* input =
+      shared.threads[share.rank].A_input.reserve(input_bytes(kernels, precision, M, K));
+  prepare_input(kernels, precision, x + tokens.first * stride, stride, M, K, 0, M, input);
+  firstlm::multiply(kernels, low_rank.A, input, M, panels.first, panels.last,
+                    shared.low_rank.data() + tokens.first * R, R);
+}
+
+void Decoder::Pass::multiply(const Linear& linear, const std::byte* input, int64_t A, int64_t first,
+                             int64_t last, float* y, int64_t stride) {
+  firstlm::multiply(kernels, linear.weight, input, A, first, last, y, stride);
+  const int64_t R = linear.low_rank.R();
+  if (R > 0) {
+    if (A <= kFewTokens) team.barrier();  // the threads shared A's panels
+    add_columns(kernels, linear.low_rank.B, shared.low_rank.data(), R, A, first, last, y, stride);
+  }
+  if (!linear.bias) return;
+  for (int64_t a = 0; a < A; ++a) {
+    for (int64_t n = outputs_of(linear.weight, first); n < outputs_of(linear.weight, last); ++n) {
+      y[a * stride + n] += linear.bias[n];
+    }
+  }
+}
+
+void Decoder::Pass::add_product(Share share, const Linear& linear, const std::byte* input,
+                                const ActiveTokens& active) {
+  const auto [first, last] = share.of(linear.weight.panels());
   float* y = shared.projected.data();
-  multiply(kernels, matrix, input, active.A(), first, last, y, width);
-  const int64_t begin = outputs_of(matrix, first), end = outputs_of(matrix, last);
-  add_bias(bias, begin, end, active.A(), y, width);
+  multiply(linear, input, active.A(), first, last, y, width);
+  const int64_t begin = outputs_of(linear.weight, first), end = outputs_of(linear.weight, last);
   for (int64_t a = 0; a < active.A(); ++a) {
     float* hidden = shared.hidden.data() + active.rows[a] * config.D;
     for (int64_t n = begin; n < end; ++n) hidden[n] += y[a * width + n];
@@ -285,7 +325,7 @@ void Decoder::Pass::add_product(Share share, const PackedMatrix& matrix, const f
 // --- After the last layer ---------------------------------------------------------------------
 
 void Decoder::Pass::write_logits(Share share) {
-  const PackedMatrix& head = decoder.weights_.head;
+  const Linear& head = decoder.weights_.head;
   std::vector<int64_t>& rows = shared.threads[share.rank].active.rows;
   rows.clear();
   for (int64_t s = 0; s < S(); ++s) {
@@ -294,10 +334,9 @@ void Decoder::Pass::write_logits(Share share) {
   }
   const auto A = static_cast<int64_t>(rows.size());
   if (A == 0) return;
-  const std::byte* input =
-      prepare_normed(share, head.precision, decoder.weights_.final_norm, rows.data(), A);
-  const auto [first, last] = share.of(head.panels());
-  multiply(kernels, head, input, A, first, last, logits, config.V);
+  const std::byte* input = prepare_normed(share, head, decoder.weights_.final_norm, rows.data(), A);
+  const auto [first, last] = share.of(head.weight.panels());
+  multiply(head, input, A, first, last, logits, config.V);
   if (share.rank == 0) decoder.counters_.weight_bytes += head.bytes();
 }
 

@@ -13,6 +13,7 @@
 #include "cpu/kernels.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "router.h"
 #include "team.h"
 
@@ -29,24 +30,29 @@ struct DecoderConfig {
   DType cache_dtype;                            // of keys and values: f32 or bf16
 };
 
-// Null pointers: the model has none. Norms and biases are f32.
+// y = W x + B (A x) + bias.
+struct Linear {
+  PackedMatrix weight;
+  const float* bias = nullptr;  // f32, null: none
+  LowRank low_rank{};           // an adapter that is not merged
+
+  int64_t bytes() const { return weight.bytes() + low_rank.bytes(); }  // what one product reads
+};
+
+// Norms are f32; null pointers: the model has none.
 struct LayerWeights {
-  const float* attention_norm;  // [D]
-  PackedMatrix qkv;             // [(Hq + 2 H) head_dim, D]
-  const float* qkv_bias;
+  const float* attention_norm;         // [D]
+  Linear qkv;                          // [(Hq + 2 H) head_dim, D]
   const float *query_norm, *key_norm;  // [head_dim]
-  PackedMatrix output;                 // [D, Hq head_dim]
-  const float* output_bias;
-  const float* mlp_norm;  // [D]
-  PackedMatrix gate_up;   // [2 I, D]: blocks of 16 rows, of gate and up in turn
-  const float* gate_up_bias;
-  PackedMatrix down;  // [D, I]
-  const float* down_bias;
+  Linear output;                       // [D, Hq head_dim]
+  const float* mlp_norm;               // [D]
+  Linear gate_up;                      // [2 I, D]: blocks of 16 rows, of gate and up in turn
+  Linear down;                         // [D, I]
 };
 
 struct DecoderWeights {
   PackedMatrix embedding;  // [V, D]
-  PackedMatrix head;       // [V, D]; the embedding itself where they are tied
+  Linear head;             // [V, D]; the embedding itself where they are tied
   const float* final_norm;
   std::vector<LayerWeights> layers;
 };

@@ -25,6 +25,7 @@ struct ThreadScratch {
   ActiveTokens active;
   Buffer<float> normed;         // [few tokens, D]
   Buffer<std::byte> input;      // of a product of few tokens
+  Buffer<std::byte> A_input;    // of an adapter's A
   Buffer<float> heads;          // [G + 1, padded head_dim]: rotated queries and key of one group
   Buffer<float> pooled;         // [W, a share of D]
   Buffer<std::byte> attention;  // of prefill_attention
@@ -37,6 +38,7 @@ struct Decoder::Buffers {
   Buffer<std::byte> input;         // of a product of many tokens
   Buffer<float> projected;         // [A, widest output]
   Buffer<float> inner;             // [A, the same]: what o_proj and down_proj read
+  Buffer<float> low_rank;          // [A, R]: A x of an adapter
   Buffer<float> maxima, totals;    // [A, Hq, splits]
   Buffer<float> sums;              // [A, Hq, splits, padded head_dim]
   Buffer<float> pooled;            // [segments, W * D]
@@ -81,15 +83,22 @@ struct Decoder::Pass {
   void write_logits(Share share);
   void count(int64_t layer);
 
-  // What a product of `precision` reads, of the A tokens of x [A, K]. May end with a barrier.
-  const std::byte* prepare(Share share, Precision precision, const float* x, int64_t stride,
-                           int64_t A, int64_t K);
+  // What the weights of a linear read, of the A tokens of x [A, K]; its adapter's A x is written
+  // beside. May end with a barrier.
+  const std::byte* prepare(Share share, const Linear& linear, const float* x, int64_t stride,
+                           int64_t A);
   // The same of the RMSNorm of hidden states `rows` [A].
-  const std::byte* prepare_normed(Share share, Precision precision, const float* weight,
+  const std::byte* prepare_normed(Share share, const Linear& linear, const float* norm,
                                   const int64_t* rows, int64_t A);
-  // hidden[rows] += W input + bias, this thread's outputs.
-  void add_product(Share share, const PackedMatrix& matrix, const float* bias,
-                   const std::byte* input, const ActiveTokens& active);
+  // A x of some of the tokens, some of its panels.
+  void multiply_A(Share share, const LowRank& low_rank, const float* x, int64_t stride,
+                  Share::Range tokens, Share::Range panels);
+  // y [A, N], panels [first, last), of what was prepared.
+  void multiply(const Linear& linear, const std::byte* input, int64_t A, int64_t first,
+                int64_t last, float* y, int64_t stride);
+  // hidden[rows] += the linear's outputs, this thread's.
+  void add_product(Share share, const Linear& linear, const std::byte* input,
+                   const ActiveTokens& active);
 
   // --- decoder_routing.cpp ---
   void reserve_caches(int64_t layer);

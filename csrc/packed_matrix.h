@@ -62,6 +62,23 @@ struct PackedMatrix {
   int64_t bytes() const { return panels() * panel_bytes(); }  // what one product reads
 };
 
+// The columns of one panel of a matrix that is zero elsewhere; see low_rank.h.
+struct PanelColumns {
+  int32_t line;          // of the bytes, where its first line is
+  int32_t first, pairs;  // pairs of columns
+  int32_t unused;
+};
+
+// [N, R] packed, every panel with its own columns. The data is 64-byte aligned and not owned.
+struct PackedColumns {
+  int64_t N, bytes;
+  const std::byte* data;
+
+  PanelColumns panel(int64_t index) const {
+    return reinterpret_cast<const PanelColumns*>(data)[index];
+  }
+};
+
 // Packs panels [first, last) of `weights` [N, K] (elements of a row contiguous, rows stride_N
 // elements apart) to `to`, where the whole matrix begins. int8: symmetric, absolute maximum of the
 // group; int4: minimum and step of the group. Both are rounded to f16 before values are, so weights

@@ -42,30 +42,37 @@ PackedMatrix matrix_of(const Tensors& tensors, const std::string& name, Precisio
   return packed_matrix(name, tensor_named(tensors, name), precision, N, K);
 }
 
+// `name`.weight and, where they are, .bias and an adapter that is kept apart, .lora_A and .lora_B.
+Linear linear_of(const Tensors& tensors, const std::string& name, Precision precision, int64_t N,
+                 int64_t K) {
+  Linear linear{matrix_of(tensors, name + ".weight", precision, N, K),
+                vector_of(tensors, name + ".bias", {N}, false)};
+  if (tensors.count(name + ".lora_A")) {
+    linear.low_rank = packed_low_rank(name, tensor_named(tensors, name + ".lora_A"),
+                                      tensor_named(tensors, name + ".lora_B"), linear.weight);
+  }
+  return linear;
+}
+
 LayerWeights layer_weights(const Tensors& tensors, const DecoderConfig& config, Precision precision,
                            int64_t l) {
   const std::string layer = "layers." + std::to_string(l) + ".";
-  const auto matrix = [&](const char* name, int64_t N, int64_t K) {
-    return matrix_of(tensors, layer + name + ".weight", precision, N, K);
+  const auto linear = [&](const char* name, int64_t N, int64_t K) {
+    return linear_of(tensors, layer + name, precision, N, K);
   };
   const auto vector = [&](const char* name, int64_t n, bool required) {
     return vector_of(tensors, layer + name, {n}, required);
   };
   const int64_t D = config.D, I = config.I, d = config.head_dim, queries = config.Hq * d;
-  const int64_t qkv = queries + 2 * config.H * d;
   return {
       .attention_norm = vector("input_layernorm.weight", D, true),
-      .qkv = matrix("self_attn.qkv_proj", qkv, D),
-      .qkv_bias = vector("self_attn.qkv_proj.bias", qkv, false),
+      .qkv = linear("self_attn.qkv_proj", queries + 2 * config.H * d, D),
       .query_norm = vector("self_attn.q_norm.weight", d, false),
       .key_norm = vector("self_attn.k_norm.weight", d, false),
-      .output = matrix("self_attn.o_proj", D, queries),
-      .output_bias = vector("self_attn.o_proj.bias", D, false),
+      .output = linear("self_attn.o_proj", D, queries),
       .mlp_norm = vector("post_attention_layernorm.weight", D, true),
-      .gate_up = matrix("mlp.gate_up_proj", 2 * I, D),
-      .gate_up_bias = vector("mlp.gate_up_proj.bias", 2 * I, false),
-      .down = matrix("mlp.down_proj", D, I),
-      .down_bias = vector("mlp.down_proj.bias", D, false),
+      .gate_up = linear("mlp.gate_up_proj", 2 * I, D),
+      .down = linear("mlp.down_proj", D, I),
   };
 }
 
@@ -75,8 +82,8 @@ DecoderWeights decoder_weights(const Tensors& tensors, const DecoderConfig& conf
   const int64_t V = config.V, D = config.D;
   weights.embedding = matrix_of(tensors, "embed_tokens.weight", head_precision, V, D);
   weights.head = tensors.count("lm_head.weight")
-                     ? matrix_of(tensors, "lm_head.weight", head_precision, V, D)
-                     : weights.embedding;
+                     ? linear_of(tensors, "lm_head", head_precision, V, D)
+                     : Linear{weights.embedding};
   weights.final_norm = vector_of(tensors, "norm.weight", {D}, true);
   for (int64_t l = 0; l < config.L; ++l) {
     weights.layers.push_back(layer_weights(tensors, config, precision, l));

@@ -148,6 +148,8 @@ void add_engine(py::module_& m) {
   m.def("packed_bytes", packed_bytes, py::arg("precision"), py::arg("N"), py::arg("K"));
   m.def("pack", pack, ReleaseGil(), py::arg("weights"), py::arg("precision"),
         py::arg("num_threads"), py::arg("out") = py::none());
+  m.def("pack_columns", static_cast<Tensor (*)(const Tensor&)>(pack_columns), ReleaseGil(),
+        py::arg("B"));
   m.def("unpack", unpack, ReleaseGil(), py::arg("packed"), py::arg("precision"), py::arg("N"),
         py::arg("K"));
   m.def("read_into", read_into, ReleaseGil(), py::arg("path"), py::arg("offset"), py::arg("target"),

@@ -104,6 +104,38 @@ PackedMatrix packed_matrix(const std::string& name, const Tensor& packed, Precis
   return matrix;
 }
 
+Tensor pack_columns(const Tensor& B) {
+  TORCH_CHECK_VALUE(B.dim() == 2 && B.size(1) % 2 == 0, "B has shape ", B.sizes(),
+                    "; expected [N, R], R even");
+  TORCH_CHECK_TYPE(B.scalar_type() == at::kFloat && B.device().is_cpu(), "B is ", B.scalar_type(),
+                   " on ", B.device(), "; expected float32 on the CPU");
+  const Tensor dense = B.contiguous();
+  const auto* values = dense.const_data_ptr<float>();
+  const int64_t N = B.size(0), R = B.size(1);
+  Tensor packed = empty_aligned(packed_columns_bytes(values, N, R));
+  firstlm::pack_columns(values, N, R, static_cast<std::byte*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+LowRank packed_low_rank(const std::string& name, const Tensor& A, const Tensor& B,
+                        const PackedMatrix& beside) {
+  const Precision precision =
+      beside.precision == Precision::kFloat32 ? Precision::kFloat32 : Precision::kBFloat16;
+  const int64_t panel = shape_of(precision, kPanelRows, beside.K).bytes();
+  const int64_t R = static_cast<int64_t>(A.nbytes()) / panel * kPanelRows;
+  TORCH_CHECK_VALUE(R > 0, name, ".lora_A has ", A.nbytes(), " bytes; expected a multiple of ",
+                    panel);
+  const auto bytes = static_cast<int64_t>(B.nbytes());
+  check_bytes(name + ".lora_B", B, bytes);
+  const auto* data = static_cast<const std::byte*>(B.const_data_ptr());
+  try {
+    return {.A = packed_matrix(name + ".lora_A", A, precision, R, beside.K),
+            .B = packed_columns(data, bytes, beside.N, R)};
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, name, ".lora_B ", error.what());
+  }
+}
+
 void read_into(const std::string& path, int64_t offset, const Tensor& target, int num_threads) {
   TORCH_CHECK_VALUE(target.device().is_cpu() && target.is_contiguous(),
                     "target must be contiguous and on the CPU");

@@ -167,6 +167,7 @@ void copy_rows(const RowCopy& rows) {
 #include "attention-inl.h"
 #include "elementwise-inl.h"
 #include "linear-inl.h"
+#include "low_rank-inl.h"
 #include "prefill_attention-inl.h"
 #include "sampling-inl.h"
 
@@ -189,5 +190,6 @@ constexpr Kernels make_kernels(const char* isa) {
       {attend_tokens<float>, nullptr, attend_tokens<BFloat16>, attend_tokens<Float16>},
       {make_linear<Float32Lines>(), make_linear<BFloat16Lines>(), make_linear<Int8Groups>(),
        make_linear<Int4Groups>()},
+      add_columns,
   };
 }

@@ -112,6 +112,17 @@ struct LinearProduct {
   int64_t stride_y;  // elements from token to token
 };
 
+// What panels [first, last) of packed columns add to the outputs of M tokens.
+struct ColumnsProduct {
+  PackedColumns B;
+  const float* z;    // [M, R]
+  int64_t stride_z;  // elements from token to token
+  int64_t M;
+  int64_t first, last;
+  float* y;          // [M, N]
+  int64_t stride_y;  // elements from token to token
+};
+
 struct LinearKernels {
   int64_t (*token_bytes)(int64_t K);  // of a prepared token
   void (*prepare)(const LinearInput& input);
@@ -160,6 +171,7 @@ struct Kernels {
   void (*attend_tokens[kNumDTypes])(const PrefillBlock& block);
 
   LinearKernels linear[kNumPrecisions];
+  void (*add_columns)(const ColumnsProduct& product);
 };
 
 // The best table of this machine, or the one that the environment variable FIRSTLM_ISA names;

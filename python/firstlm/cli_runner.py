@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import typer
@@ -193,10 +192,7 @@ def choose(
     from firstlm.engine.config import UnsupportedModel
 
     try:
-        if precision is None and (Path(checkpoint) / "engine.json").is_file():
-            native = Engine.load(checkpoint, threads)  # in its own precision
-        else:
-            native = Engine.from_pretrained(checkpoint, precision or "int8", num_threads=threads)
+        native = Engine.from_pretrained(checkpoint, precision, num_threads=threads)
     except UnsupportedModel as error:
         if engine == "native":
             raise

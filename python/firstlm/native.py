@@ -23,6 +23,7 @@ SkipCacheStorage = _native.SkipCacheStorage
 check_sampling = _native.check_sampling
 empty_aligned = _native.empty_aligned
 pack = _native.pack
+pack_columns = _native.pack_columns
 packed_bytes = _native.packed_bytes
 probabilities = _native.probabilities
 read_all = _native.read_all
@@ -40,6 +41,7 @@ __all__ = [
     "check_sampling",
     "empty_aligned",
     "pack",
+    "pack_columns",
     "packed_bytes",
     "probabilities",
     "read_all",

@@ -65,25 +65,23 @@ DecoderConfig small_config(DType cache_dtype) {
 // Random weights, and the memory that they are in.
 class SmallModel {
  public:
-  SmallModel(Precision precision, DType cache_dtype) : config(small_config(cache_dtype)) {
+  // R: the rank of its adapters, none if 0.
+  SmallModel(Precision precision, DType cache_dtype, int64_t R = 0)
+      : config(small_config(cache_dtype)) {
     const int64_t queries = config.Hq * config.head_dim;
     weights_.embedding = matrix(precision, config.V, config.D, 1);
-    weights_.head = weights_.embedding;
+    weights_.head.weight = weights_.embedding;
     weights_.final_norm = vector(config.D, 1);
     for (int64_t l = 0; l < config.L; ++l) {
       weights_.layers.push_back({
           .attention_norm = vector(config.D, 1),
-          .qkv = matrix(precision, queries + 2 * config.H * config.head_dim, config.D, 1),
-          .qkv_bias = vector(queries + 2 * config.H * config.head_dim, 0),
+          .qkv = linear(precision, queries + 2 * config.H * config.head_dim, config.D, true, R),
           .query_norm = l % 2 ? vector(config.head_dim, 1) : nullptr,
           .key_norm = l % 2 ? vector(config.head_dim, 1) : nullptr,
-          .output = matrix(precision, config.D, queries, 1),
-          .output_bias = l % 2 ? vector(config.D, 0) : nullptr,
+          .output = linear(precision, config.D, queries, l % 2, R),
           .mlp_norm = vector(config.D, 1),
-          .gate_up = matrix(precision, 2 * config.I, config.D, 1),
-          .gate_up_bias = nullptr,
-          .down = matrix(precision, config.D, config.I, 1),
-          .down_bias = vector(config.D, 0),
+          .gate_up = linear(precision, 2 * config.I, config.D, false, R),
+          .down = linear(precision, config.D, config.I, true, R),
       });
       const LayerRouter router{{PoolKind::kWindowedMean, 2},
                                {.F = 2 * config.D,
@@ -110,6 +108,19 @@ class SmallModel {
     for (float& value : values) value = mean + 0.2f * value;
     vectors_.push_back(std::move(values));
     return vectors_.back().data();
+  }
+
+  Linear linear(Precision precision, int64_t N, int64_t K, bool has_bias, int64_t R) {
+    Linear linear{matrix(precision, N, K, 1), has_bias ? vector(N, 0) : nullptr};
+    if (R == 0) return linear;
+    linear.low_rank.A = matrix(Precision::kBFloat16, R, K, 1);
+    const std::vector<float> B = random_values<float>(N * R, ++seed_);
+    const int64_t bytes = packed_columns_bytes(B.data(), N, R);
+    matrices_.emplace_back();
+    std::byte* data = matrices_.back().reserve(bytes);
+    pack_columns(B.data(), N, R, data);
+    linear.low_rank.B = packed_columns(data, bytes, N, R);
+    return linear;
   }
 
   PackedMatrix matrix(Precision precision, int64_t N, int64_t K, float scale) {
@@ -194,7 +205,7 @@ TEST_CASE("decoder: a prompt in pieces gives the logits of the prompt as a whole
 TEST_CASE("decoder: neither the batch nor the team changes a bit") {
   for (const Precision precision :
        {Precision::kFloat32, Precision::kBFloat16, Precision::kInt8, Precision::kInt4}) {
-    const SmallModel model(precision, DType::kBFloat16);
+    const SmallModel model(precision, DType::kBFloat16, precision == Precision::kInt4 ? 16 : 0);
     const auto decoder = model.decoder();
     // A prompt of many tokens, one of few, and two sequences that go on with single tokens.
     const std::vector<int64_t> before{0, 0, 5, 270}, added{30, 3, 1, 1};

@@ -77,14 +77,15 @@ class Engine:
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        precision: str = "int8",
+        precision: str | None = None,
         head_precision: str | None = None,
         num_threads: int | None = None,
+        lora: str = "auto",
         cache: bool = True,
         progress: bool | None = None,
         **kwargs: Any,
     ) -> Engine:
-        """An engine of whatever `firstlm.from_pretrained` loads, its adapter merged.
+        """An engine of whatever `firstlm.from_pretrained` loads, its adapter included.
 
         Weights are packed once and kept in the user's cache, by the contents of the source.
 
@@ -92,10 +93,13 @@ class Engine:
             source: a model or checkpoint as in `firstlm.from_pretrained`, or the folder of a saved
                 engine.
             precision: of the layers: "float32", "bfloat16", "int8" (a scale for 64 inputs) or
-                "int4" (a scale and a minimum for 32 inputs).
+                "int4" (a scale and a minimum for 32 inputs). None: int8, or the saved engine's.
             head_precision: of embeddings and output head; None: as the layers, but int8 beside
                 int4 layers.
             num_threads: None: as many as torch uses.
+            lora: "merge": an adapter is merged into the weights before they are packed. "apart": it
+                stays beside them in bfloat16, which costs its bytes with every token. "auto": apart
+                beside int4 layers, whose grid would round most of it away, else merged.
             cache: keep and use packed weights.
             progress: show what happens on stderr; None: on a terminal.
             **kwargs: handed to `firstlm.from_pretrained` (`router`, `adapter`, `revision`, …);
@@ -103,12 +107,12 @@ class Engine:
 
         Raises:
             ValueError: a family that the engine does not run (the message names the hf path), an
-                unknown precision, or no such model.
+                unknown precision, no such model, or a saved engine of another precision.
         """
         from firstlm.engine import packing
 
         parts = packing.packed_parts(
-            source, precision, head_precision, _threads(num_threads), cache,
+            source, precision, head_precision, lora, _threads(num_threads), cache,
             sys.stderr.isatty() if progress is None else progress, kwargs,
         )  # fmt: skip
         return cls(parts, num_threads)
@@ -117,25 +121,26 @@ class Engine:
     def from_model(
         cls,
         model: Any,
-        precision: str = "int8",
+        precision: str | None = None,
         head_precision: str | None = None,
         num_threads: int | None = None,
+        lora: str = "auto",
         tokenizer: Any = None,
         progress: bool | None = None,
     ) -> Engine:
         """An engine of a model in memory, routed or not; the model stays as it is.
 
         Args:
-            model: a causal LM of transformers or of `firstlm.from_pretrained`; LoRA adapters that
-                are active are merged into the copy.
+            model: a causal LM of transformers or of `firstlm.from_pretrained`, LoRA adapters that
+                are active included.
             tokenizer: of transformers; None: the engine takes token ids only.
-            precision, head_precision, num_threads, progress: as in `from_pretrained`.
+            precision, head_precision, num_threads, lora, progress: as in `from_pretrained`.
         """
         from firstlm.engine import packing
 
         parts = packing.parts_of(
-            model, tokenizer, precision, head_precision, _threads(num_threads),
-            sys.stderr.isatty() if progress is None else progress,
+            model, tokenizer, packing.Form.of(precision, head_precision, lora),
+            _threads(num_threads), sys.stderr.isatty() if progress is None else progress,
         )  # fmt: skip
         return cls(parts, num_threads)
 

@@ -107,7 +107,12 @@ def load(folder: Path, num_threads: int) -> SavedEngine:
     return SavedEngine(config, TensorBlock.load(weights, num_threads), EngineTokenizer.load(folder))
 
 
-def cache_folder(precision: str, head_precision: str, key: str) -> Path:
-    """Where the packed weights of a source are kept: engine/<precision>/ of the user's cache."""
+def cache_folder(precision: str, head_precision: str, apart: bool, key: str) -> Path:
+    """Where the packed weights of a source are kept: engine/<precision>/ of the user's cache.
+
+    Args:
+        apart: with an adapter that is kept apart.
+    """
     name = precision if precision == head_precision else f"{precision}-head-{head_precision}"
+    name += "-lora" if apart else ""
     return embedded_model.cache_dir() / "engine" / name / key[:32]

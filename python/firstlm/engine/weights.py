@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from firstlm import native
+from firstlm.engine import lora
 from firstlm.engine.config import PANEL_ROWS
 from firstlm.engine.tensor_block import Spec, TensorBlock
 
@@ -32,6 +33,7 @@ class Matrix:
     Attributes:
         rows: (first, last) -> [last - first, K]; both ends are multiples of `unit`, but for N.
         sources: the modules that it is made of.
+        low_rank: () -> (A [R, K], B [N, R]) of adapters that are kept apart, None without any.
     """
 
     N: int
@@ -39,6 +41,7 @@ class Matrix:
     rows: Callable[[int, int], torch.Tensor]
     sources: tuple[nn.Module, ...]
     unit: int = PANEL_ROWS
+    low_rank: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] = lambda: None
 
 
 def check_precision(precision: str, name: str = "precision") -> str:
@@ -54,15 +57,20 @@ def pack_model(
     head_precision: str,
     *,
     num_threads: int,
+    apart: bool = False,
     owned: bool = False,
     progress: bool = False,
 ) -> TensorBlock:
     """The decoder's tensors: matrices packed (uint8), norms and biases f32; and the routers'.
 
+    Adapters that are kept apart are `lora_A`, packed as bfloat16 (float32 beside float32), and
+    `lora_B`, packed columns.
+
     Args:
         model: a causal LM that `config.decoder_config` accepts, adapters merged or plain LoRA.
         precision: of the layers.
         head_precision: of the embeddings and the output head.
+        apart: adapters are kept apart from the weights.
         owned: nobody else has the model: its weights are freed as they are packed.
         progress: show a bar on stderr.
 
@@ -71,15 +79,17 @@ def pack_model(
     """
     from tqdm.auto import tqdm
 
-    matrices, vectors = _matrices(model), dict(_vectors(model))
+    matrices, vectors = _matrices(model, apart), dict(_vectors(model))
     precisions = {n: precision if n.startswith("layers.") else head_precision for n in matrices}
     specs: dict[str, Spec] = {
         name: (torch.uint8, (native.packed_bytes(precisions[name], matrix.N, matrix.K),))
         for name, matrix in matrices.items()
     }
     specs |= {name: (torch.float32, tuple(vector.shape)) for name, vector in vectors.items()}
+    adapters = dict(_packed_adapters(matrices, precisions, num_threads))
+    specs |= {name: (torch.uint8, (packed.numel(),)) for name, packed in adapters.items()}
     block = TensorBlock.allocate(specs)
-    for name, vector in vectors.items():
+    for name, vector in (vectors | adapters).items():
         block.tensors[name].copy_(vector.detach())
     with tqdm(
         total=sum(matrix.N * matrix.K for matrix in matrices.values()),
@@ -113,18 +123,36 @@ def _pack(
         done(rows.numel())
 
 
+def _packed_adapters(
+    matrices: dict[str, Matrix], precisions: dict[str, str], num_threads: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, matrix in matrices.items():
+        pair = matrix.low_rank()
+        if pair is not None:
+            A, B = pair
+            module = name.removesuffix(".weight")
+            precision = "float32" if precisions[name] == "float32" else "bfloat16"
+            yield f"{module}.lora_A", native.pack(A, precision, num_threads)
+            yield f"{module}.lora_B", native.pack_columns(B)
+
+
 # ---- the matrices and vectors of a model ----
 
 
-def _matrices(model: Any) -> dict[str, Matrix]:
+def _matrices(model: Any, apart: bool) -> dict[str, Matrix]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    matrices = {"embed_tokens.weight": _stacked(embedding)}
-    if head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():  # not tied
-        matrices["lm_head.weight"] = _stacked(head)
+    matrices = {"embed_tokens.weight": _fused((embedding,), _stacked)}
+    if head is not None and not _is_tied(head, embedding):
+        matrices["lm_head.weight"] = _fused((head,), _stacked, apart)
     for index, layer in enumerate(model.get_decoder().layers):
-        for name, matrix in _layer_matrices(layer):
+        for name, matrix in _layer_matrices(layer, apart):
             matrices[f"layers.{index}.{name}"] = matrix
     return matrices
+
+
+def _is_tied(head: nn.Module, embedding: nn.Module) -> bool:
+    same = head.weight.data_ptr() == embedding.weight.data_ptr()
+    return same and not any(map(lora.is_adapted, (head, embedding)))
 
 
 def _vectors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -137,15 +165,13 @@ def _vectors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"layers.{index}.router.{name}", parameter
 
 
-def _layer_matrices(layer: nn.Module) -> Iterator[tuple[str, Matrix]]:
+def _layer_matrices(layer: nn.Module, apart: bool) -> Iterator[tuple[str, Matrix]]:
     attention, mlp = layer.self_attn, layer.mlp
-    yield (
-        "self_attn.qkv_proj.weight",
-        _stacked(attention.q_proj, attention.k_proj, attention.v_proj),
-    )
-    yield "self_attn.o_proj.weight", _stacked(attention.o_proj)
-    yield "mlp.gate_up_proj.weight", _in_turns(mlp.gate_proj, mlp.up_proj)
-    yield "mlp.down_proj.weight", _with_padded_inputs(mlp.down_proj)
+    qkv = attention.q_proj, attention.k_proj, attention.v_proj
+    yield "self_attn.qkv_proj.weight", _fused(qkv, _stacked, apart)
+    yield "self_attn.o_proj.weight", _fused((attention.o_proj,), _stacked, apart)
+    yield "mlp.gate_up_proj.weight", _fused((mlp.gate_proj, mlp.up_proj), _in_turns, apart)
+    yield "mlp.down_proj.weight", _fused((mlp.down_proj,), _with_padded_inputs, apart)
 
 
 def _layer_vectors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -171,9 +197,39 @@ def _bias(module: nn.Module) -> torch.Tensor:
     return torch.zeros(module.weight.shape[0]) if module.bias is None else module.bias
 
 
-def _stacked(*modules: nn.Module) -> Matrix:
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [N, K] that are made of those of some tensors; as in `Matrix`."""
+
+    N: int
+    K: int
+    rows: Callable[[int, int], torch.Tensor]
+    unit: int = PANEL_ROWS
+
+
+def _fused(
+    modules: tuple[nn.Module, ...],
+    arrange: Callable[[list[torch.Tensor]], _Rows],
+    apart: bool = False,
+) -> Matrix:
+    """The weights of modules that share their inputs as one matrix, adapters merged or `apart`."""
+    made = arrange([_weight_of(module, apart) for module in modules])
+
+    def arranged(blocks: list[torch.Tensor]) -> torch.Tensor:
+        return arrange(blocks).rows(0, made.N)
+
+    def low_rank() -> tuple[torch.Tensor, torch.Tensor] | None:
+        pair = lora.fused(modules, arranged) if apart else None
+        if pair is None:
+            return None
+        A, B = pair
+        return nn.functional.pad(A, (0, made.K - A.shape[1])), B
+
+    return Matrix(made.N, made.K, made.rows, modules, made.unit, low_rank)
+
+
+def _stacked(weights: list[torch.Tensor]) -> _Rows:
     """The outputs of some modules one after the other."""
-    weights = [_weight_of(module) for module in modules]
 
     def rows(first: int, last: int) -> torch.Tensor:
         parts, start = [], 0
@@ -184,19 +240,17 @@ def _stacked(*modules: nn.Module) -> Matrix:
             start += len(weight)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    return Matrix(sum(map(len, weights)), weights[0].shape[1], rows, modules)
+    return _Rows(sum(map(len, weights)), weights[0].shape[1], rows)
 
 
-def _in_turns(gate: nn.Module, up: nn.Module) -> Matrix:
+def _in_turns(pair: list[torch.Tensor]) -> _Rows:
     """[2 I, D]: 16 rows of gate, 16 of up, and so on; I is padded to whole blocks with zeros."""
-    pair = _weight_of(gate), _weight_of(up)
     blocks = -(-len(pair[0]) // PANEL_ROWS)
 
     def rows(first: int, last: int) -> torch.Tensor:
         return _interleaved(*(weight[first // 2 : last // 2] for weight in pair))
 
-    N = 2 * blocks * PANEL_ROWS
-    return Matrix(N, pair[0].shape[1], rows, (gate, up), 2 * PANEL_ROWS)
+    return _Rows(2 * blocks * PANEL_ROWS, pair[0].shape[1], rows, 2 * PANEL_ROWS)
 
 
 def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -206,38 +260,34 @@ def _interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.stack(blocks, 1).flatten(0, 2)
 
 
-def _with_padded_inputs(down: nn.Module) -> Matrix:
-    weight = _weight_of(down)
+def _with_padded_inputs(weights: list[torch.Tensor]) -> _Rows:
+    (weight,) = weights
     padding = -weight.shape[1] % PANEL_ROWS
 
     def rows(first: int, last: int) -> torch.Tensor:
         return nn.functional.pad(weight[first:last], (0, padding))
 
-    return Matrix(len(weight), weight.shape[1] + padding, rows, (down,))
+    return _Rows(len(weight), weight.shape[1] + padding, rows)
 
 
-def _weight_of(module: nn.Module) -> torch.Tensor:
-    """The weight [N, K] of a linear layer or embedding, with its LoRA adapters merged in f32.
+def _weight_of(module: nn.Module, apart: bool) -> torch.Tensor:
+    """The weight [N, K] of a linear layer or embedding; LoRA adapters are merged in f32, or not.
 
     Raises:
         ValueError: a module of another kind.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return module.weight.detach()
-    base = getattr(module, "base_layer", None)
-    plain = isinstance(base, nn.Linear) and hasattr(module, "lora_A")
-    if not plain or any(getattr(module, "use_dora", {}).values()):
+    if not lora.is_plain(module):
         raise ValueError(
             f"firstlm.Engine takes linear layers, plain or with LoRA, got {type(module).__name__}: "
             "merge the adapter first; or the hf path, firstlm.from_pretrained(...).generate(...)"
         )
-    weight = base.weight.detach()
-    if module.merged or module.disable_adapters:
+    weight = module.base_layer.weight.detach()
+    if apart:
         return weight
-    weight = weight.float()
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            weight = weight + module.get_delta_weight(name).detach().float()
+    for A, B in lora.pairs_of(module):
+        weight = weight.float() + B @ A
     return weight
 
 
