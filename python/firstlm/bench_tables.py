@@ -46,7 +46,7 @@ def decode_tables(found: Mapping[str, Any]) -> str:
         for bar in found["bars"]
     ]
     if bars:
-        parts.append(_table(("bar", "limit", "measured", "met"), bars))
+        parts.append(markdown_table(("bar", "limit", "measured", "met"), bars))
     return "\n\n".join(parts)
 
 
@@ -69,7 +69,7 @@ def summary_table(found: Mapping[str, Any]) -> str:
                 _over_rival(found, "context of 4096", own, "decode_tokens_per_s"),
             )
         )
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 # What llama.cpp calls the types that are compared with the engine's.
@@ -115,7 +115,7 @@ def _decode_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if skips or batches:
         columns.append(("speedup", lambda r: f"{r['speedup']:.2f}"))
         columns.append(("ideal", lambda r: f"{r['ideal_speedup']:.2f}"))
-    return _table(
+    return markdown_table(
         [name for name, _ in columns], [[value(row) for _, value in columns] for row in rows]
     )
 
@@ -139,12 +139,13 @@ def perplexity_tables(found: Mapping[str, Any]) -> str:
         ]
         parts.append(
             f"**{corpus}**, {found['model']}: {rows[0]['tokens']:,} tokens, "
-            f"{rows[0]['answer_tokens']:,} of them in answers.\n\n{_table(head, body)}"
+            f"{rows[0]['answer_tokens']:,} of them in answers.\n\n{markdown_table(head, body)}"
         )
     return "\n\n".join(parts)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

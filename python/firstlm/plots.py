@@ -65,9 +65,9 @@ def overview(
         ValueError: no plans, plans of several models, or a wrong number of groups.
     """
     mask = keep_matrix(plans)
-    with _style():
+    with style():
         rows = 2 if training_log else 1
-        figure = _new_figure(10, 3.9 * rows if rows == 2 else 4.4)
+        figure = new_figure(10, 3.9 * rows if rows == 2 else 4.4)
         top, *bottom = np.atleast_1d(figure.subfigures(rows, 1, height_ratios=[1.3, 1][:rows]))
         heatmap, share = top.subplots(1, 2, width_ratios=[5, 1], sharey=True)
         draw_plans(heatmap, mask, groups)
@@ -75,7 +75,7 @@ def overview(
         if bottom:
             draw_training(bottom[0].subplots(1, 3), training_log)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        return _write_png(figure, path)
+        return write_png(figure, path)
 
 
 def keep_share(
@@ -91,8 +91,8 @@ def keep_share(
     """
     if not plans_by_label:
         raise ValueError("no plans to draw: plans_by_label is empty")
-    with _style():
-        figure = _new_figure(8, 3.2)
+    with style():
+        figure = new_figure(8, 3.2)
         axis = figure.subplots()
         for label, plans in plans_by_label.items():
             share = keep_matrix(plans).mean(axis=0)  # [L]
@@ -101,7 +101,7 @@ def keep_share(
         axis.set(xlabel="layer", ylabel="kept, % of prompts", ylim=(-3, 103), title=title)
         if len(plans_by_label) > 1:
             axis.legend()
-        return _write_png(figure, path)
+        return write_png(figure, path)
 
 
 def keep_matrix(plans: Iterable[SkipPlan]) -> np.ndarray:
@@ -264,13 +264,15 @@ def _smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
     return np.asarray([array[max(0, i - half) : i + half + 1].mean() for i in range(len(array))])
 
 
-def _style():
+def style():
+    """The look of all pictures, as a context in which they are drawn."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, with a canvas of its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -279,7 +281,8 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _write_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def write_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write the picture so that the file is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()

@@ -175,11 +175,12 @@ def _measure(results: list[MethodResult], samples: _Samples) -> _Series:
                     values = metric.value(by_name[metric.statistics])
                     estimate = _Estimate(float(values[0]), values[1:])
                     estimates[task].setdefault(name, []).append(estimate)
-    masks = np.stack([_mask(result) for result in results])
+    masks = np.stack([keep_masks(result) for result in results])
     return _Series(results, masks, estimates)
 
 
-def _mask(result: MethodResult) -> np.ndarray:
+def keep_masks(result: MethodResult) -> np.ndarray:
+    """The skip plans of a method's examples, [N, L] bool, true = kept."""
     mask = np.zeros((len(result.examples), result.num_layers), dtype=bool)
     for row, example in enumerate(result.examples):
         mask[row, list(example.kept)] = True

@@ -1,0 +1,245 @@
+"""The report of an evaluation: `report.md`, and `report.html`, which needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from firstlm.atomic import write_text
+from firstlm.evaluation import charts, tables
+from firstlm.evaluation.conclusions import Verdict, outcome, rivals, trained, verdicts
+from firstlm.evaluation.records import Evaluation
+from firstlm.evaluation.statistics import RESAMPLES
+
+Row = Mapping[str, Any]
+
+_MARKS = {"yes": "✔", "partly": "≈", "no": "✘", "unknown": "?"}
+_ANSWERS = {
+    "yes": "adaptivity pays",
+    "partly": "adaptivity pays in part",
+    "no": "adaptivity does not pay",
+    "unknown": "not known",
+}
+
+
+def write(
+    evaluation: Evaluation, rows: Sequence[Row], folder: str | os.PathLike[str]
+) -> dict[str, Path]:
+    """Write `report.md`, `report.html` and `plots/*.png`; returns the paths of the two.
+
+    Args:
+        rows: of `statistics.rows(evaluation)`.
+    """
+    folder = Path(folder)
+    pictures = charts.draw_all(evaluation, rows, folder / "plots")
+    found = verdicts(rows)
+    paths = {"markdown": folder / "report.md", "html": folder / "report.html"}
+    write_text(paths["markdown"], markdown(evaluation, rows, found, pictures))
+    write_text(paths["html"], page(evaluation, rows, found, pictures))
+    return paths
+
+
+def how_measured(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
+    """Which figure comes from where."""
+    lines = [
+        "Cross-entropy and perplexity: of the reference's tokens, teacher-forced, in the hf path; "
+        "weighted by token unless it says by prompt. Routers read the prompt only.",
+        "ROUGE (rouge-score, stemmed; its tokenizer knows a-z and digits only, which blurs "
+        "German), BLEU and chrF (sacrebleu, defaults, over the corpus), exact match and token F1 "
+        "(by white space, lower case): of greedy answers.",
+        f"Brackets: 95 % intervals of a percentile bootstrap, {RESAMPLES} resamples of prompts "
+        "within each task, the same for all methods, so that differences are paired; p is "
+        "two-sided, from the same resamples, and not corrected for the number of comparisons.",
+        "Seeds: where a row has several, its value is their mean, and seeds are resampled too. "
+        "With two or three seeds such an interval is only a rough guide.",
+        "Skipped: share of layer calls; by token: prompts weighted by their references' tokens.",
+    ]
+    if any(row["timing"] for row in rows):
+        t = next(row["timing"] for row in rows if row["timing"])
+        lines.append(
+            f"Times: {t['engine']} engine, {t['precision']}, {t['threads']} threads, batch 1, "
+            f"{t['new_tokens']} tokens a pass, in turns with the same weights and all layers kept. "
+            "Speedup: mean over prompts of the median over repeats, all layers over these plans. "
+            "Ideal: ratio of the bytes that a token reads. Values without brackets in round ones: "
+            "median (10th-90th percentile)."
+        )
+    else:
+        lines.append("Nothing was timed.")
+    if "bleu" not in rows[0]["metrics"]:
+        lines.append("BLEU and chrF are missing: pip install 'firstlm[eval]' and report again.")
+    return lines
+
+
+def markdown(
+    evaluation: Evaluation,
+    rows: Sequence[Row],
+    found: Sequence[Verdict],
+    pictures: Sequence[tuple[str, Path, str]],
+) -> str:
+    """The report as Markdown, with the pictures in plots/."""
+    parts = ["# Does adaptivity pay?"]
+    for verdict in found:
+        parts.append(
+            f"## {_headline(verdict)}\n\n{verdict.headline}\n\n"
+            + "\n".join(f"- {line}" for line in verdict.sentences)
+        )
+    if not found:
+        parts.append("FiRST itself was not measured at any skip rate: rivals only.")
+    parts += ["## All methods", tables.main_table(rows).markdown()]
+    for task in _several_tasks(rows):
+        parts += [f"### {task}", tables.main_table(rows, task).markdown()]
+    for verdict in found:
+        parts += [
+            f"## FiRST minus its rivals, {verdict.rate:.0%}",
+            tables.comparison_table(verdict.row).markdown(),
+        ]
+    if any(row["timing"] for row in rows):
+        parts += ["## Latency", tables.latency_table(rows).markdown()]
+    parts += ["## Every metric", tables.all_metrics_table(rows).markdown(), "## Pictures"]
+    parts += [f"![{name}](plots/{path.name})\n\n{text}" for name, path, text in pictures]
+    for heading, lines in _notes(evaluation, rows):
+        parts.append(f"## {heading}\n\n" + "\n".join(f"- {line}" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(verdict: Verdict) -> str:
+    return f"{_MARKS[verdict.answer]} {verdict.rate:.0%} skipped: {_ANSWERS[verdict.answer]}"
+
+
+def _several_tasks(rows: Sequence[Row]) -> list[str]:
+    tasks = list(rows[0]["tasks"])
+    return tasks if len(tasks) > 1 else []
+
+
+def _notes(evaluation: Evaluation, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    notes = [
+        f"{tables.title(row['method'], row['weights'])}, {row['skip_rate_asked']:.3g}: {note}"
+        for row in tables.in_order(rows)
+        for note in row["notes"]
+    ]
+    sections = [
+        ("How it was measured", how_measured(evaluation, rows)),
+        ("Checks that held", [f"{name}: {text}" for name, text in evaluation.checks.items()]),
+        ("Notes on methods", notes),
+        ("Settings", [f"{name}: {value}" for name, value in evaluation.settings.items()]),
+    ]
+    return [(heading, lines) for heading, lines in sections if lines]
+
+
+def page(
+    evaluation: Evaluation,
+    rows: Sequence[Row],
+    found: Sequence[Verdict],
+    pictures: Sequence[tuple[str, Path, str]],
+) -> str:
+    """The report as one HTML file: style and pictures are inside."""
+    images = {name: _figure(name, path, text) for name, path, text in pictures}
+    body = ["<h1>Does adaptivity pay?</h1>", f"<p class='sub'>{_subtitle(evaluation, rows)}</p>"]
+    body.append("<div class='cards'>" + "".join(_card(v, rows) for v in found) + "</div>")
+    if not found:
+        body.append("<p>FiRST itself was not measured at any skip rate: rivals only.</p>")
+    body.append(images.get("gains", ""))
+    if found:
+        body.append("<h2>What this says</h2>")
+    for verdict in found:
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in verdict.sentences)
+        body.append(f"<h3>{verdict.rate:.0%} of the layers skipped</h3><ul>{lines}</ul>")
+    body += ["<h2>Quality and speed</h2>", images.get("quality_tpot", "")]
+    body += [images["quality_skip_rate"], _scrolled(tables.main_table(rows))]
+    for verdict in found:
+        body.append(f"<h3>FiRST minus its rivals, {verdict.rate:.0%}</h3>")
+        body.append(_scrolled(tables.comparison_table(verdict.row)))
+    if images.keys() & {"plans", "keep_share", "skip_rates"}:
+        body.append("<h2>Which layers, for whom</h2>")
+        body += [images[name] for name in ("plans", "keep_share", "skip_rates")]
+    if "latency" in images:
+        body += ["<h2>Latency</h2>", images["latency"], _scrolled(tables.latency_table(rows))]
+    if tasks := _several_tasks(rows):
+        body.append("<h2>Task by task</h2>")
+        for task in tasks:
+            body.append(f"<h3>{html.escape(task)}</h3>")
+            body.append(_scrolled(tables.main_table(rows, task)))
+    body += ["<h2>Every metric</h2>", _scrolled(tables.all_metrics_table(rows))]
+    for heading, lines in _notes(evaluation, rows):
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        body.append(f"<h2>{heading}</h2><ul class='small'>{items}</ul>")
+    content = "\n".join(body)
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>FiRST: does adaptivity pay?</title><style>{_CSS}</style></head>\n"
+        f"<body><main>\n{content}\n</main></body></html>\n"
+    )
+
+
+def _subtitle(evaluation: Evaluation, rows: Sequence[Row]) -> str:
+    per_task = ", ".join(f"{part['n']} of {task}" for task, part in rows[0]["tasks"].items())
+    text = (
+        f"{rows[0]['n']} held-out prompts ({per_task}), {rows[0]['num_layers']} layers, "
+        f"{len({(r['method'], r['weights']) for r in rows})} methods. "
+        "FiRST beside other ways to choose the layers that a prompt skips, at the same skip rate."
+    )
+    return html.escape(text)
+
+
+def _card(verdict: Verdict, rows: Sequence[Row]) -> str:
+    row = verdict.row
+    against = trained(rivals(row, rows))
+    facts = []
+    if against:
+        beaten = sum(outcome(e, "cross_entropy") == "better" for e in against.values())
+        facts.append((f"{beaten} of {len(against)}", "rivals beaten, by cross-entropy"))
+    if shuffled := [e for k, e in row["vs"].items() if k.startswith("shuffled")]:
+        gain = -max(e["cross_entropy"]["delta"] for e in shuffled)
+        facts.append((f"{gain:+.3f}", "nats/token lost with other prompts' plans"))
+    if share := row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share"):
+        facts.append((f"{share:.1%}", "of LoRA-only's ROUGE-L kept"))
+    if row["timing"]:
+        facts.append((f"{1 - 1 / row['speedup']:.0%}", "less time per token, measured"))
+    cells = "".join(f"<div><b>{value}</b><span>{text}</span></div>" for value, text in facts)
+    return (
+        f"<section class='card {verdict.answer}'><h2>{_headline(verdict)}</h2>"
+        f"<p>{html.escape(verdict.headline)}</p>"
+        f"<div class='facts'>{cells}</div></section>"
+    )
+
+
+def _figure(name: str, path: Path, text: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f"<figure><img alt='{name}' src='data:image/png;base64,{data}'>"
+        f"<figcaption>{html.escape(text)}</figcaption></figure>"
+    )
+
+
+def _scrolled(table: tables.Table) -> str:
+    return f"<div class='scroll'>{table.html()}</div>"
+
+
+_CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0; }
+main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 80px; }
+h1 { font-size: 28px; margin: 0; } h2 { margin: 40px 0 8px; } h3 { margin: 24px 0 6px; }
+.sub { color: #555; margin: 4px 0 18px; } .small { color: #444; font-size: 13px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 14px; }
+.card { border: 1px solid #ddd; border-left: 8px solid #999; border-radius: 6px;
+  padding: 12px 16px; }
+.card h2 { margin: 0; font-size: 18px; } .card p { margin: 4px 0 10px; }
+.card.yes { border-left-color: #0072B2; } .card.partly { border-left-color: #E69F00; }
+.card.no { border-left-color: #D55E00; }
+.facts { display: flex; flex-wrap: wrap; gap: 8px 22px; }
+.facts div { display: flex; flex-direction: column; max-width: 140px; }
+.facts b { font-size: 22px; } .facts span { color: #555; font-size: 12px; line-height: 1.3; }
+figure { margin: 18px 0; } img { max-width: 100%; height: auto; }
+figcaption { color: #555; font-size: 13px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabular-nums; }
+th { text-align: left; border-bottom: 2px solid #888; padding: 4px 10px 4px 0;
+  vertical-align: bottom; }
+td { border-bottom: 1px solid #e5e5e5; padding: 3px 10px 3px 0; white-space: nowrap; }
+tr.own td { font-weight: 700; background: #eaf3f9; }
+"""
