@@ -46,6 +46,7 @@ void check_config(const DecoderConfig& config) {
           "rotates and windows need one entry a layer");
   require(config.cache_dtype == DType::kFloat32 || config.cache_dtype == DType::kBFloat16,
           "keys and values are kept in float32 or bfloat16");
+  require(config.chunk_tokens > 1, "chunk_tokens must be 2 or more");
 }
 
 void check_weights(const DecoderConfig& config, const DecoderWeights& weights) {
@@ -98,46 +99,85 @@ Decoder::~Decoder() = default;
 const DecoderConfig& Decoder::config() const { return config_; }
 const DecoderCounters& Decoder::counters() const { return counters_; }
 
-void Decoder::forward(Team& team, std::vector<Segment>& segments, float* logits) {
+void Decoder::forward(Team& team, std::vector<Segment>& segments, float* logits,
+                      const std::function<void()>& interrupt) {
   if (segments.empty()) return;
-  Pass(*this, team, segments, logits).run();
+  Pass(*this, team, segments, logits, interrupt).run();
 }
 
 // --- One forward ------------------------------------------------------------------------------
 
-Decoder::Pass::Pass(Decoder& decoder, Team& team, std::vector<Segment>& segments, float* logits)
+Decoder::Pass::Pass(Decoder& decoder, Team& team, std::vector<Segment>& given, float* logits,
+                    const std::function<void()>& interrupt)
     : decoder(decoder),
       team(team),
-      segments(segments),
+      given(given),
       logits(logits),
+      interrupt(interrupt),
       config(decoder.config_),
       kernels(decoder.kernels_),
       shared(*decoder.buffers_),
+      segments(shared.segments),
       routes(false) {
-  shared.first.assign(1, 0);
-  for (const Segment& segment : segments) {
-    shared.first.push_back(shared.first.back() + segment.T);
-    routes |= segment.routing != nullptr;
-  }
+  cut();
   N = shared.first.back();
   const int64_t queries = config.Hq * config.head_dim;
   width = std::max({queries + 2 * config.H * config.head_dim, 2 * config.I, config.D});
   splits = 0;
   for (const Segment& segment : segments) {
+    routes |= segment.routing != nullptr;
     if (segment.T == 1) splits = std::max(splits, ceil_div(segment.position + 1, kSlotsPerSplit));
   }
+  const int64_t C = largest_chunk();
   shared.hidden.reserve(N * config.D);
-  shared.normed.reserve(N * config.D);
+  shared.normed.reserve(C * config.D);
   shared.cosines.reserve(N * decoder.rope_.rotated_dim() / 2);
   shared.sines.reserve(N * decoder.rope_.rotated_dim() / 2);
-  shared.projected.reserve(N * width);
-  shared.inner.reserve(N * width);
-  shared.low_rank.reserve(N * max_rank(decoder.weights_));
-  shared.maxima.reserve(N * config.Hq * splits);
-  shared.totals.reserve(N * config.Hq * splits);
-  shared.sums.reserve(N * config.Hq * splits * padded_head_dim(config.head_dim));
+  shared.projected.reserve(C * width);
+  shared.inner.reserve(C * width);
+  shared.low_rank.reserve(C * max_rank(decoder.weights_));
+  shared.maxima.reserve(C * config.Hq * splits);
+  shared.totals.reserve(C * config.Hq * splits);
+  shared.sums.reserve(C * config.Hq * splits * padded_head_dim(config.head_dim));
   shared.caches.resize(config.L * S());
   shared.threads.resize(std::max<size_t>(shared.threads.size(), team.size()));
+}
+
+// A given segment of more tokens than a chunk takes becomes several of about the same size, none of
+// a single token. A chunk takes as many segments as fit.
+void Decoder::Pass::cut() {
+  segments.clear();
+  shared.pieces.assign(1, 0);
+  shared.first.assign(1, 0);
+  shared.chunks.assign(1, 0);
+  int64_t begin = 0;  // of the chunk, among the N
+  for (const Segment& segment : given) {
+    const int64_t count = ceil_div(segment.T, config.chunk_tokens);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = segment.T * i / count, last = segment.T * (i + 1) / count;
+      Segment piece = segment;
+      piece.tokens += first;
+      piece.T = last - first;
+      piece.position += first;
+      const int64_t start = shared.first.back();
+      if (start > begin && start + piece.T - begin > config.chunk_tokens) {
+        shared.chunks.push_back(S());
+        begin = start;
+      }
+      segments.push_back(piece);
+      shared.first.push_back(start + piece.T);
+    }
+    shared.pieces.push_back(S());
+  }
+  shared.chunks.push_back(S());
+}
+
+int64_t Decoder::Pass::largest_chunk() const {
+  int64_t C = 0;
+  for (int64_t c = 0; c < num_chunks(); ++c) {
+    C = std::max(C, first_of(shared.chunks[c + 1]) - first_of(shared.chunks[c]));
+  }
+  return C;
 }
 
 void Decoder::Pass::run() {
@@ -145,9 +185,9 @@ void Decoder::Pass::run() {
     for (int64_t l = 0; l < config.L; ++l) reserve_caches(l);
   }
   team.run([this](Share share) { run_share(share); });
-  for (int64_t s = 0; s < S(); ++s) {
+  for (const Segment& segment : given) {
     for (int64_t l = 0; l < config.L; ++l) {
-      if (runs(s, l)) segments[s].cache->append(l, segments[s].T);
+      if (runs(segment, l)) segment.cache->append(l, segment.T);
     }
   }
   ++decoder.counters_.forwards;
@@ -158,11 +198,16 @@ void Decoder::Pass::run_share(Share share) {
   embed(share);
   for (int64_t l = 0; l < config.L; ++l) {
     if (routes) route(share, l);
-    find_active(l, active);
-    if (active.segments.empty()) continue;
-    if (share.rank == 0) count(l);
-    run_attention(share, l);
-    run_mlp(share, l);
+    bool first_chunk = true;
+    for (int64_t c = 0; c < num_chunks(); ++c) {
+      if (share.rank == 0 && interrupt) interrupt();
+      find_active(l, c, active);
+      if (active.segments.empty()) continue;
+      if (share.rank == 0) count(l, first_chunk);
+      first_chunk = false;
+      run_attention(share, l);
+      run_mlp(share, l);
+    }
   }
   write_logits(share);
 }
@@ -182,26 +227,29 @@ void Decoder::Pass::embed(Share share) {
   team.barrier();
 }
 
-void Decoder::Pass::find_active(int64_t layer, ActiveTokens& active) const {
+void Decoder::Pass::find_active(int64_t layer, int64_t chunk, ActiveTokens& active) const {
   active.segments.clear();
   active.first.clear();
   active.rows.clear();
-  for (int64_t s = 0; s < S(); ++s) {
-    if (!runs(s, layer)) continue;
+  for (int64_t s = shared.chunks[chunk]; s < shared.chunks[chunk + 1]; ++s) {
+    if (!runs(segments[s], layer)) continue;
     active.segments.push_back(s);
     active.first.push_back(active.A());
     for (int64_t n = first_of(s); n < first_of(s + 1); ++n) active.rows.push_back(n);
   }
 }
 
-void Decoder::Pass::count(int64_t layer) {
+// A layer's weights count once, however many chunks there are.
+void Decoder::Pass::count(int64_t layer, bool first_chunk) {
   const ActiveTokens& active = shared.threads[0].active;
   const LayerWeights& weights = decoder.weights_.layers[layer];
   DecoderCounters& counters = decoder.counters_;
-  counters.layer_runs += 1;
-  counters.segment_runs += static_cast<int64_t>(active.segments.size());
-  counters.weight_bytes +=
-      weights.qkv.bytes() + weights.output.bytes() + weights.gate_up.bytes() + weights.down.bytes();
+  if (first_chunk) {
+    counters.layer_runs += 1;
+    counters.weight_bytes += weights.qkv.bytes() + weights.output.bytes() +
+                             weights.gate_up.bytes() + weights.down.bytes();
+    for (const Segment& segment : given) counters.segment_runs += runs(segment, layer);
+  }
   for (const int64_t s : active.segments) {
     const LayerCache& seen = cache(layer, s);
     const int64_t slots = seen.next_slot + segments[s].T - seen.visible_slot;
@@ -328,15 +376,21 @@ void Decoder::Pass::write_logits(Share share) {
   const Linear& head = decoder.weights_.head;
   std::vector<int64_t>& rows = shared.threads[share.rank].active.rows;
   rows.clear();
-  for (int64_t s = 0; s < S(); ++s) {
-    const int64_t end = first_of(s + 1);
-    for (int64_t n = end - segments[s].num_logits; n < end; ++n) rows.push_back(n);
+  for (int64_t g = 0; g < G(); ++g) {
+    const int64_t end = first_of(shared.pieces[g + 1]);
+    for (int64_t n = end - given[g].num_logits; n < end; ++n) rows.push_back(n);
   }
-  const auto A = static_cast<int64_t>(rows.size());
-  if (A == 0) return;
-  const std::byte* input = prepare_normed(share, head, decoder.weights_.final_norm, rows.data(), A);
+  const auto wanted = static_cast<int64_t>(rows.size());
+  if (wanted == 0) return;
   const auto [first, last] = share.of(head.weight.panels());
-  multiply(head, input, A, first, last, logits, config.V);
+  const int64_t step = largest_chunk();
+  for (int64_t begin = 0; begin < wanted; begin += step) {
+    if (begin > 0) team.barrier();  // the buffers are free again
+    const int64_t A = std::min(step, wanted - begin);
+    const std::byte* input =
+        prepare_normed(share, head, decoder.weights_.final_norm, rows.data() + begin, A);
+    multiply(head, input, A, first, last, logits + begin * config.V, config.V);
+  }
   if (share.rank == 0) decoder.counters_.weight_bytes += head.bytes();
 }
 

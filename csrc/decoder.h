@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -28,6 +29,7 @@ struct DecoderConfig {
   std::vector<uint8_t> rotates;                 // [L]: layers with rotary positions
   std::vector<std::optional<int64_t>> windows;  // [L]: tokens that a query sees, itself included
   DType cache_dtype;                            // of keys and values: f32 or bf16
+  int64_t chunk_tokens = 512;                   // that a layer takes at once, see forward
 };
 
 // y = W x + B (A x) + bias.
@@ -119,7 +121,12 @@ class Decoder {
   // Runs the segments, writes their keys and values to their caches and the wanted logits to
   // `logits`, [sum of num_logits, V] in the order of the segments. A segment's results depend
   // neither on the other segments nor on the size of the team. One call at a time.
-  void forward(Team& team, std::vector<Segment>& segments, float* logits);
+  //
+  // Every layer takes the tokens in chunks: only what enters it lies in memory for all of them.
+  // Between two chunks the calling thread calls `interrupt`, if given; when that throws, forward
+  // does, and the caches hold what they held.
+  void forward(Team& team, std::vector<Segment>& segments, float* logits,
+               const std::function<void()>& interrupt = nullptr);
 
   const DecoderCounters& counters() const;
 

@@ -11,7 +11,7 @@
 
 namespace firstlm {
 
-// The segments that one layer runs, and their tokens side by side, A in all.
+// The segments of a chunk that one layer runs, and their tokens side by side, A in all.
 struct ActiveTokens {
   std::vector<int64_t> segments;  // indices
   std::vector<int64_t> first;     // [segments]: the first token of each, among the A
@@ -31,18 +31,22 @@ struct ThreadScratch {
   Buffer<std::byte> attention;  // of prefill_attention
 };
 
+// C is the tokens of the largest chunk.
 struct Decoder::Buffers {
   Buffer<float> hidden;            // [N, D]
   Buffer<float> cosines, sines;    // [N, rotated / 2]
-  Buffer<float> normed;            // [N, D]
+  Buffer<float> normed;            // [C, D]
   Buffer<std::byte> input;         // of a product of many tokens
-  Buffer<float> projected;         // [A, widest output]
-  Buffer<float> inner;             // [A, the same]: what o_proj and down_proj read
-  Buffer<float> low_rank;          // [A, R]: A x of an adapter
-  Buffer<float> maxima, totals;    // [A, Hq, splits]
-  Buffer<float> sums;              // [A, Hq, splits, padded head_dim]
+  Buffer<float> projected;         // [C, widest output]
+  Buffer<float> inner;             // [C, the same]: what o_proj and down_proj read
+  Buffer<float> low_rank;          // [C, R]: A x of an adapter
+  Buffer<float> maxima, totals;    // [C, Hq, splits]
+  Buffer<float> sums;              // [C, Hq, splits, padded head_dim]
   Buffer<float> pooled;            // [segments, W * D]
   Buffer<float> units;             // [H of the router's head]
+  std::vector<Segment> segments;   // those that were given, cut so that each fits in a chunk
+  std::vector<int64_t> chunks;     // [chunks + 1]: the segments of each, consecutive ones
+  std::vector<int64_t> pieces;     // [given + 1]: the segments that each given one is cut into
   std::vector<int64_t> first;      // [segments + 1]: where a segment's tokens begin, among the N
   std::vector<LayerCache> caches;  // [L, segments]
   std::vector<ThreadScratch> threads;
@@ -51,37 +55,43 @@ struct Decoder::Buffers {
 struct Decoder::Pass {
   Decoder& decoder;
   Team& team;
-  std::vector<Segment>& segments;
+  std::vector<Segment>& given;
   float* logits;
+  const std::function<void()>& interrupt;
   const DecoderConfig& config;
   const Kernels& kernels;
   Buffers& shared;
-  int64_t N;       // tokens of all segments
-  bool routes;     // whether any segment is routed
-  int64_t width;   // elements between tokens of `projected` and of `inner`
-  int64_t splits;  // at most, of the slots that a segment of a single token sees
+  std::vector<Segment>& segments;  // of `shared`
+  int64_t N;                       // tokens of all segments
+  bool routes;                     // whether any segment is routed
+  int64_t width;                   // elements between tokens of `projected` and of `inner`
+  int64_t splits;                  // at most, of the slots that a segment of a single token sees
 
-  Pass(Decoder& decoder, Team& team, std::vector<Segment>& segments, float* logits);
+  Pass(Decoder& decoder, Team& team, std::vector<Segment>& given, float* logits,
+       const std::function<void()>& interrupt);
 
   int64_t S() const { return static_cast<int64_t>(segments.size()); }
+  int64_t G() const { return static_cast<int64_t>(given.size()); }
+  int64_t num_chunks() const { return static_cast<int64_t>(shared.chunks.size()) - 1; }
   int64_t group() const { return config.Hq / config.H; }
   int64_t first_of(int64_t segment) const { return shared.first[segment]; }
   LayerCache& cache(int64_t layer, int64_t segment) { return shared.caches[layer * S() + segment]; }
-  bool runs(int64_t segment, int64_t layer) const {
-    const Segment& s = segments[segment];
+  bool runs(const Segment& s, int64_t layer) const {
     return (s.routing && !s.routing->skips) || s.keep[layer];
   }
 
   void run();
 
   // --- decoder.cpp ---
+  void cut();                     // given segments -> segments and chunks
+  int64_t largest_chunk() const;  // tokens
   void run_share(Share share);
   void embed(Share share);  // ends with a barrier
-  void find_active(int64_t layer, ActiveTokens& active) const;
+  void find_active(int64_t layer, int64_t chunk, ActiveTokens& active) const;
   void run_attention(Share share, int64_t layer);  // ends with a barrier
   void run_mlp(Share share, int64_t layer);        // ends with a barrier
   void write_logits(Share share);
-  void count(int64_t layer);
+  void count(int64_t layer, bool first_chunk);
 
   // What the weights of a linear read, of the A tokens of x [A, K]; its adapter's A x is written
   // beside. May end with a barrier.

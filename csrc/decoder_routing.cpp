@@ -8,8 +8,15 @@
 namespace firstlm {
 
 void Decoder::Pass::reserve_caches(int64_t layer) {
-  for (int64_t s = 0; s < S(); ++s) {
-    if (runs(s, layer)) cache(layer, s) = segments[s].cache->reserve(layer, segments[s].T);
+  for (int64_t g = 0; g < G(); ++g) {
+    if (!runs(given[g], layer)) continue;
+    LayerCache seen = given[g].cache->reserve(layer, given[g].T);
+    for (int64_t s = shared.pieces[g]; s < shared.pieces[g + 1]; ++s) {
+      cache(layer, s) = seen;
+      seen.next_slot += segments[s].T;
+      if (!config.windows[layer]) continue;
+      seen.visible_slot = std::max(seen.visible_slot, seen.next_slot + 1 - *config.windows[layer]);
+    }
   }
 }
 
@@ -44,31 +51,31 @@ void Decoder::Pass::route(Share share, int64_t layer) {
   const auto start = std::chrono::steady_clock::now();
   const int64_t D = config.D;
   int64_t width = 0, units = 0;  // the most that any router needs
-  for (const Segment& segment : segments) {
+  for (const Segment& segment : given) {
     if (!segment.routing) continue;
     const LayerRouter& router = segment.routing->routers[layer];
     width = std::max(width, router.pooling.W() * D);
     units = std::max(units, router.head.H);
   }
   if (share.rank == 0) {
-    shared.pooled.reserve(S() * width);
+    shared.pooled.reserve(G() * width);
     shared.units.reserve(units);
   }
   team.barrier();
-  for (int64_t s = 0; s < S(); ++s) {
-    const Segment& segment = segments[s];
+  for (int64_t g = 0; g < G(); ++g) {
+    const Segment& segment = given[g];
     if (!segment.routing) continue;
     pool_columns(kernels, share, segment.routing->routers[layer].pooling,
-                 shared.hidden.data() + first_of(s) * D, segment.T, D,
-                 shared.threads[share.rank].pooled, shared.pooled.data() + s * width);
+                 shared.hidden.data() + first_of(shared.pieces[g]) * D, segment.T, D,
+                 shared.threads[share.rank].pooled, shared.pooled.data() + g * width);
   }
   team.barrier();
   if (share.rank == 0) {
-    for (int64_t s = 0; s < S(); ++s) {
-      Segment& segment = segments[s];
+    for (int64_t g = 0; g < G(); ++g) {
+      Segment& segment = given[g];
       if (!segment.routing) continue;
       float logit;
-      router_head(kernels, segment.routing->routers[layer].head, shared.pooled.data() + s * width,
+      router_head(kernels, segment.routing->routers[layer].head, shared.pooled.data() + g * width,
                   1, 1, shared.units.data(), &logit);
       segment.keep_prob[layer] = sigmoid(logit);
       segment.keep[layer] = segment.keep_prob[layer] >= segment.routing->thresholds[layer];

@@ -782,6 +782,36 @@ def test_an_interrupt_ends_a_long_answer_and_the_engine_lives_on(llama, monkeypa
     assert engine.generate(ROWS, max_new_tokens=NEW) == hf_tokens(llama, ROWS)
 
 
+def test_an_interrupt_ends_a_long_prompt_and_the_sequence_is_as_it_was(llama, monkeypatch):
+    """The signal's handler runs between two chunks of the prompt, not at its end."""
+
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 10**6)
+    engine = engine_of(llama)
+    decoder = engine.core.decoder
+    sequence = decoder.sequence()
+    keep = torch.ones(1, NUM_LAYERS, dtype=torch.bool)
+    decoder.extend([sequence], [ROWS[0]], keep, None, [1])
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(Alarm):
+            decoder.extend([sequence], [[5] * 60_000], None, None, [1])
+        assert sequence.length == len(ROWS[0])
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Alarm):
+            engine.generate([5] * 60_000, max_new_tokens=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert engine.generate(ROWS, max_new_tokens=NEW) == hf_tokens(llama, ROWS)
+
+
 @pytest.mark.parametrize(
     ("precision", "head", "tolerance"),
     [

@@ -195,9 +195,10 @@ DecoderCounters NativeDecoder::counters() {
   return decoder_->counters();
 }
 
-void NativeDecoder::forward(std::vector<Segment>& segments, float* logits) {
+void NativeDecoder::forward(std::vector<Segment>& segments, float* logits,
+                            const std::function<void()>& interrupt) {
   const std::lock_guard lock(mutex_);
-  decoder_->forward(team_, segments, logits);
+  decoder_->forward(team_, segments, logits, interrupt);
 }
 
 void NativeDecoder::check(const ExtendRequest& request) const {
@@ -240,7 +241,8 @@ void NativeDecoder::check(const ExtendRequest& request) const {
   }
 }
 
-ExtendResult NativeDecoder::extend(const ExtendRequest& request) {
+ExtendResult NativeDecoder::extend(const ExtendRequest& request,
+                                   const std::function<void()>& interrupt) {
   check(request);
   const auto B = static_cast<int64_t>(request.sequences.size());
   const int64_t L = config().L;
@@ -271,7 +273,7 @@ ExtendResult NativeDecoder::extend(const ExtendRequest& request) {
                         .keep_prob = keep_prob,
                         .num_logits = request.num_logits[b]});
   }
-  forward(segments, result.logits.mutable_data_ptr<float>());
+  forward(segments, result.logits.mutable_data_ptr<float>(), interrupt);
   for (int64_t b = 0; b < B; ++b) request.sequences[b]->passed(segments[b].T, keep[b]);
   return result;
 }

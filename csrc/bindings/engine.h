@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -82,14 +83,17 @@ class NativeDecoder {
   DecoderCounters counters();
 
   SequencePtr sequence() const { return std::make_shared<Sequence>(config()); }
-  ExtendResult extend(const ExtendRequest& request);
+  // `interrupt`: as in Decoder::forward; when it throws, the sequences are as they were.
+  ExtendResult extend(const ExtendRequest& request,
+                      const std::function<void()>& interrupt = nullptr);
   // One token for each of some sequences that have a plan -> logits [B, V].
   void step(const std::vector<SequencePtr>& sequences, const std::vector<int64_t>& tokens,
             float* logits);
 
  private:
   void check(const ExtendRequest& request) const;
-  void forward(std::vector<Segment>& segments, float* logits);
+  void forward(std::vector<Segment>& segments, float* logits,
+               const std::function<void()>& interrupt = nullptr);
 
   Tensors tensors_;
   std::vector<Tensors> router_tensors_;

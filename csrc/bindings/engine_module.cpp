@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <chrono>
+
 #include "../team.h"
 #include "checks.h"
 #include "engine.h"
@@ -71,7 +73,10 @@ SamplingSettings sampling_settings(const py::dict& values) {
 }
 
 py::dict counters(NativeDecoder& decoder) {
-  const DecoderCounters values = decoder.counters();
+  const DecoderCounters values = [&] {
+    const py::gil_scoped_release without;  // a pass may wait for it
+    return decoder.counters();
+  }();
   py::dict counters;
   counters["forwards"] = values.forwards;
   counters["weight_bytes"] = values.weight_bytes;
@@ -99,6 +104,23 @@ std::optional<Tensor> keep_mask(const Sequence& sequence) {
   return mask;
 }
 
+// Lets Python's signal handlers run now and then in a long call that has released the GIL. What
+// they raise, KeyboardInterrupt as a rule, is thrown.
+class SignalCheck {
+ public:
+  void operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_ < kInterval) return;
+    last_ = now;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+
+ private:
+  static constexpr std::chrono::milliseconds kInterval{50};
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
 std::pair<Tensor, std::optional<Tensor>> extend(NativeDecoder& decoder,
                                                 std::vector<SequencePtr> sequences,
                                                 std::vector<std::vector<int64_t>> tokens,
@@ -106,7 +128,8 @@ std::pair<Tensor, std::optional<Tensor>> extend(NativeDecoder& decoder,
                                                 std::optional<std::vector<float>> thresholds,
                                                 std::vector<int64_t> num_logits) {
   ExtendResult result = decoder.extend({std::move(sequences), std::move(tokens), std::move(keep),
-                                        std::move(thresholds), std::move(num_logits)});
+                                        std::move(thresholds), std::move(num_logits)},
+                                       SignalCheck());
   return {std::move(result.logits), std::move(result.keep_prob)};
 }
 
@@ -190,6 +213,7 @@ void add_engine(py::module_& m) {
           "set_routers",
           [](NativeDecoder& decoder, const std::string& pooling, int64_t windows, double norm_eps,
              bool skips, std::vector<NativeDecoder::Tensors> layers) {
+            const py::gil_scoped_release without;  // a pass may wait for it
             decoder.set_routers(parse_pooling(pooling, windows), norm_eps, skips,
                                 std::move(layers));
           },

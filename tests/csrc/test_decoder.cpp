@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "buffer.h"
@@ -237,6 +238,68 @@ TEST_CASE("decoder: neither the batch nor the team changes a bit") {
       CHECK(run(*decoder, team, segments) == expected);
     }
   }
+}
+
+TEST_CASE("decoder: chunks change nothing") {
+  SmallModel whole(Precision::kInt4, DType::kBFloat16, 16);
+  const std::vector<float> thresholds(whole.config.L, 0.5f);
+  const auto results = [&](const SmallModel& model, int threads) {
+    const auto decoder = model.decoder();
+    Team team(threads);
+    const Routing routing{model.routers.data(), thresholds.data(), true};
+    std::vector<std::unique_ptr<Conversation>> all;
+    std::vector<float> keep_prob(2 * model.config.L), found;
+    const auto append = [&](const std::vector<float>& logits) {
+      found.insert(found.end(), logits.begin(), logits.end());
+    };
+    for (const int64_t T : {61, 33}) {
+      all.push_back(std::make_unique<Conversation>(model.config, T, static_cast<int>(T)));
+    }
+    std::vector<Segment> routed;
+    for (int i = 0; i < 2; ++i) {
+      routed.push_back(all[i]->segment(0, 20 + 9 * i));
+      routed[i].routing = &routing;
+      routed[i].keep_prob = &keep_prob[i * model.config.L];
+    }
+    append(run(*decoder, team, routed));
+    append(keep_prob);
+    append(run(*decoder, team, {all[0]->segment(20, 60), all[1]->segment(29, 32)}));
+    append(run(*decoder, team, {all[0]->segment(60, 61), all[1]->segment(32, 33)}));
+    const DecoderCounters& counters = decoder->counters();
+    for (const int64_t count :
+         {counters.weight_bytes, counters.layer_runs, counters.segment_runs}) {
+      found.push_back(static_cast<float>(count));
+    }
+    return found;
+  };
+  const std::vector<float> expected = results(whole, 2);
+  for (const int64_t tokens : {2, 7, 16, 29, 100}) {
+    SmallModel chunked(Precision::kInt4, DType::kBFloat16, 16);
+    chunked.config.chunk_tokens = tokens;
+    CHECK(results(chunked, 2) == expected);
+    CHECK(results(chunked, 3) == expected);
+  }
+}
+
+TEST_CASE("decoder: an interrupt leaves the caches as they were") {
+  SmallModel model(Precision::kFloat32, DType::kFloat32);
+  model.config.chunk_tokens = 8;
+  const auto decoder = model.decoder();
+  Team team(2);
+  Conversation expected(model.config, 60, 1), found(model.config, 60, 1);
+  for (Conversation* each : {&expected, &found}) run(*decoder, team, {each->segment(0, 20)});
+  for (const int calls : {0, 5, 17}) {
+    std::vector<Segment> segments{found.segment(20, 60)};
+    std::vector<float> logits(40 * model.config.V);
+    int left = calls;
+    const auto interrupt = [&] {
+      if (left-- == 0) throw std::runtime_error("enough");
+    };
+    CHECK_THROWS_WITH(decoder->forward(team, segments, logits.data(), interrupt), "enough");
+    CHECK(found.cache.lengths() == std::vector<int64_t>(model.config.L, 20));
+  }
+  CHECK(run(*decoder, team, {found.segment(20, 60)}) ==
+        run(*decoder, team, {expected.segment(20, 60)}));
 }
 
 TEST_CASE("decoder: a routed prompt gives what its plan gives, and skips or runs what it drops") {
