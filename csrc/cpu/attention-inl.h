@@ -51,65 +51,90 @@ Vec load_first(const T* from, int64_t n) {
   return Vec::load(lanes);
 }
 
-// The line `ahead` elements after a vector of elements; a line that holds more vectors is fetched
-// once, if rows begin with a line.
-template <class T>
-inline void prefetch(const T* row, int64_t d, int64_t ahead) {
-  constexpr int64_t kPerLine = 64 / int64_t(sizeof(T));
-  if (d % kPerLine == 0) __builtin_prefetch(row + d + ahead);
-}
+// Bytes to be prefetched, in the order of memory: in another order they arrive slower.
+class Ahead {
+ public:
+  static Ahead from(const void* first) { return Ahead(first, -1); }
+  // The same again and again: what no page holds would be looked for in vain each time.
+  static Ahead nothing(const void* near) { return Ahead(near, 0); }
 
-// Splits are read block by block: their keys, their values, then the next split's keys. From the
-// block at `slot` (values follow keys) to the one that is to be prefetched meanwhile: elements.
+  template <int64_t kBytes>
+  void fetch() {
+    static_assert(kBytes <= 256);
+    __builtin_prefetch(next_);
+    if constexpr (kBytes > 64) __builtin_prefetch(next_ + 64);
+    if constexpr (kBytes > 128) __builtin_prefetch(next_ + 128);
+    if constexpr (kBytes > 192) __builtin_prefetch(next_ + 192);
+    next_ += kBytes & moves_;
+  }
+
+ private:
+  Ahead(const void* first, int64_t moves) : next_(static_cast<const char*>(first)), moves_(moves) {}
+
+  const char* next_;
+  int64_t moves_;  // all bits, or none
+};
+
+// Splits are read block by block: their keys, their values, then the next split's keys. What is to
+// be prefetched while the block at `slot` (values follow keys) is read, if rows have no gaps.
 template <class T>
-int64_t elements_ahead(const AttentionSplit& split, const T* block, int64_t slot) {
+Ahead ahead_of(const AttentionSplit& split, int64_t slot) {
+  const Ahead nothing = Ahead::nothing(split.keys);
+  if (split.stride_keys != split.D || split.stride_values != split.D) return nothing;
   const int64_t block_bytes = kSlotsPerBlock * split.D * int64_t(sizeof(T));
   const int64_t blocks = (kPrefetchBytes + block_bytes - 1) / block_bytes;
   const int64_t target = slot + blocks * kSlotsPerBlock;
   const T* keys = static_cast<const T*>(split.keys);
   const T* values = static_cast<const T*>(split.values);
-  if (target < split.slots) return keys + target * split.stride_keys - block;
-  const int64_t value = target - split.slots;
-  if (value < split.slots) return values + value * split.stride_values - block;
-  const int64_t next = value - split.slots;
-  return next < split.next_slots ? keys + (split.slots + next) * split.stride_keys - block : 0;
+  if (target < split.slots) return Ahead::from(keys + target * split.D);
+  if (target < 2 * split.slots) return Ahead::from(values + (target - split.slots) * split.D);
+  const int64_t next = target - 2 * split.slots;
+  if (next < split.next_slots) return Ahead::from(keys + (split.slots + next) * split.D);
+  return nothing;
 }
+
+// Loops over the accumulators are unrolled early, or gcc keeps these arrays in memory.
 
 // queries [kHeads, D_padded], keys [kKeys, D] -> scores [kHeads, kKeys] in rows of kSlotsPerSplit.
 template <class T, int kHeads, int kKeys>
-void score_keys(const AttentionSplit& split, const Accumulator<T>* queries, const T* keys,
-                int64_t ahead, Accumulator<T>* scores) {
+Ahead score_keys(const AttentionSplit& split, const Accumulator<T>* queries, const T* keys,
+                 Ahead ahead, Accumulator<T>* scores) {
   using Vec = typename VecOf<T>::type;
   const int64_t D = split.D, D_padded = padded_head_dim(D);
   Vec sums[kHeads][kKeys];
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
     for (int k = 0; k < kKeys; ++k) sums[h][k] = Vec::zero();
   }
   const auto add = [&](Vec key, int k, int64_t d) {
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
       sums[h][k] = Vec::fma(key, Vec::load(queries + h * D_padded + d), sums[h][k]);
     }
   };
   int64_t d = 0;
   for (; d + Vec::kLanes <= D; d += Vec::kLanes) {
-    for (int k = 0; k < kKeys; ++k) {
-      const T* key = keys + k * split.stride_keys;
-      prefetch(key, d, ahead);
-      add(Vec::load(key + d), k, d);
-    }
+    ahead.fetch<kKeys * Vec::kLanes * int64_t(sizeof(T))>();
+#pragma GCC unroll 4
+    for (int k = 0; k < kKeys; ++k) add(Vec::load(keys + k * split.stride_keys + d), k, d);
   }
   if (d < D) {
+#pragma GCC unroll 4
     for (int k = 0; k < kKeys; ++k) {
       add(load_first<Vec>(keys + k * split.stride_keys + d, D - d), k, d);
     }
   }
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) {
     if constexpr (kKeys == 4) {
       Vec::store_sums(sums[h], scores + h * kSlotsPerSplit);
     } else {
+#pragma GCC unroll 4
       for (int k = 0; k < kKeys; ++k) scores[h * kSlotsPerSplit + k] = sums[h][k].sum();
     }
   }
+  return ahead;
 }
 
 template <class T>
@@ -122,18 +147,18 @@ void score_split(const AttentionSplit& split, const Accumulator<T>* queries, int
     const int64_t left = split.slots - first;
     const int64_t n = left < kSlotsPerBlock ? left : kSlotsPerBlock;
     const T* keys = static_cast<const T*>(split.keys) + first * split.stride_keys;
-    const int64_t target = elements_ahead(split, keys, first);
+    const Ahead of_block = ahead_of<T>(split, first);
     for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
       const Accumulator<T>* of_heads = queries + g * D_padded;
       Accumulator<T>* to = scores + g * kSlotsPerSplit + first;
-      const int64_t ahead = g == 0 ? target : 0;
+      Ahead ahead = g == 0 ? of_block : Ahead::nothing(split.keys);
       const T* key = keys;
       int64_t i = 0;
       for (; i + kKeys <= n; i += kKeys, key += kKeys * split.stride_keys) {
-        score_keys<T, count.value, kKeys>(split, of_heads, key, ahead, to + i);
+        ahead = score_keys<T, count.value, kKeys>(split, of_heads, key, ahead, to + i);
       }
       for (; i < n; ++i, key += split.stride_keys) {
-        score_keys<T, count.value, 1>(split, of_heads, key, ahead, to + i);
+        ahead = score_keys<T, count.value, 1>(split, of_heads, key, ahead, to + i);
       }
     });
   }
@@ -175,31 +200,40 @@ void weigh(Scalar* scores, int64_t n, Scalar soft_cap, Scalar* maximum, Scalar* 
 // sums [kHeads, …] += weights [kHeads, n] x values [n, …] in kVectors vectors of columns, or, if
 // that is 0, in the last `width` columns. Weights are in rows of kSlotsPerSplit.
 template <class T, int kHeads, int kVectors>
-void add_values(const AttentionSplit& split, const Accumulator<T>* weights, const T* values,
-                int64_t n, int64_t width, int64_t ahead, Accumulator<T>* sums) {
+Ahead add_values(const AttentionSplit& split, const Accumulator<T>* weights, const T* values,
+                 int64_t n, int64_t width, Ahead ahead, Accumulator<T>* sums) {
   using Vec = typename VecOf<T>::type;
   constexpr int kColumns = kVectors > 0 ? kVectors : 1;
+  const int64_t stride = split.stride_sums;
   Vec sum[kHeads][kColumns];
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
-      sum[h][c] = Vec::load(sums + h * split.stride_sums + c * Vec::kLanes);
+      sum[h][c] = Vec::load(sums + h * stride + c * Vec::kLanes);
     }
   }
   for (int64_t t = 0; t < n; ++t, values += split.stride_values) {
     Vec weight[kHeads];
+#pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) weight[h] = Vec::broadcast(weights[h * kSlotsPerSplit + t]);
+    ahead.fetch<kColumns * Vec::kLanes * int64_t(sizeof(T))>();
+#pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
-      prefetch(values, c * Vec::kLanes, ahead);
       const Vec value =
           kVectors > 0 ? Vec::load(values + c * Vec::kLanes) : load_first<Vec>(values, width);
+#pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) sum[h][c] = Vec::fma(value, weight[h], sum[h][c]);
     }
   }
+#pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
-      sum[h][c].store(sums + h * split.stride_sums + c * Vec::kLanes);
+      sum[h][c].store(sums + h * stride + c * Vec::kLanes);
     }
   }
+  return ahead;
 }
 
 template <class T>
@@ -211,21 +245,22 @@ void sum_split(const AttentionSplit& split, const Accumulator<T>* weights, int64
     const int64_t left = split.slots - first;
     const int64_t n = left < kSlotsPerBlock ? left : kSlotsPerBlock;
     const T* values = static_cast<const T*>(split.values) + first * split.stride_values;
-    const int64_t target = elements_ahead(split, values, split.slots + first);
+    const Ahead of_block = ahead_of<T>(split, split.slots + first);
     for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
       constexpr int kHeads = decltype(count)::value;
       const Accumulator<T>* of_heads = weights + g * kSlotsPerSplit + first;
       Accumulator<T>* to = sums + g * split.stride_sums;
-      const int64_t ahead = g == 0 ? target : 0;
+      Ahead ahead = g == 0 ? of_block : Ahead::nothing(split.keys);
       int64_t d = 0;
       for (; d + 4 * kLanes <= split.D; d += 4 * kLanes) {
-        add_values<T, kHeads, 4>(split, of_heads, values + d, n, 0, ahead, to + d);
+        ahead = add_values<T, kHeads, 4>(split, of_heads, values + d, n, 0, ahead, to + d);
       }
       for (; d + kLanes <= split.D; d += kLanes) {
-        add_values<T, kHeads, 1>(split, of_heads, values + d, n, 0, ahead, to + d);
+        ahead = add_values<T, kHeads, 1>(split, of_heads, values + d, n, 0, ahead, to + d);
       }
       if (d < split.D) {
-        add_values<T, kHeads, 0>(split, of_heads, values + d, n, split.D - d, ahead, to + d);
+        ahead =
+            add_values<T, kHeads, 0>(split, of_heads, values + d, n, split.D - d, ahead, to + d);
       }
     });
   }
