@@ -7,6 +7,7 @@ broken control does not flatten the rest.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from firstlm.evaluation.metrics import METRICS
 from firstlm.evaluation.records import Evaluation, MethodResult
 from firstlm.evaluation.statistics import FIRST, best_rows, keep_masks
 from firstlm.evaluation.tables import control_title, in_order, number, title, with_interval
-from firstlm.plots import KEPT, MUTED, draw_plans, new_figure, style, write_png
+from firstlm.plots import KEPT, MUTED, SKIPPED, draw_plans, new_figure, style, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,25 +67,6 @@ _GAINS = (
     "What FiRST gains over each rival of the same skip rate, paired by prompt, with 95 % "
     "intervals. Right of the line FiRST is better. The last rows are its own plans dealt to other "
     "prompts: if they are not right of the line, plans do not fit their prompts."
-)
-_PARETO))
-        path = quality_against(rows, "skip_rate", folder / "quality_skip_rate.png")
-        found.append(("quality_skip_rate", path, _QUALITY))
-        if results:
-            found.append(("plans", plans(results, folder / "plans.png"), _PLANS))
-            path = keep_share(firsts, folder / "keep_share.png")
-            found.append(("keep_share", path, _KEEP_SHARE))
-            path = skip_rates(results, folder / "skip_rates.png")
-            found.append(("skip_rates", path, _SKIP_RATES))
-        if any(row["timing"] for row in rows):
-            found.append(("latency", latency(rows, folder / "latency.png"), _LATENCY))
-    return found
-
-
-_GAINS = (
-    "What FiRST gains over each rival of the same skip rate, paired by prompt, with 95 % "
-    "intervals. Right of the line FiRST is better. The last rows are its own plans dealt to other prompts: if "
-    "they are not right of the line, plans do not fit their prompts."
 )
 _PARETO = (
     "Quality against measured time per output token: up and left is better. Bars: 95 % interval of "
@@ -144,6 +126,8 @@ def _rivals_then_shuffled(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _draw_gains(axis: Axes, row: Row, keys: Sequence[str], metric: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     sign = 1 if METRICS[metric].more_is_better else -1
     values = np.array([[sign * row["vs"][k][metric]["delta"],
                         *sorted(sign * end for end in row["vs"][k][metric]["ci95"])]
@@ -166,14 +150,17 @@ def _draw_gains(axis: Axes, row: Row, keys: Sequence[str], metric: str) -> None:
     axis.axvline(0, color="#333333", linewidth=1)
     axis.axvspan(0, reach, color=BLUE, alpha=0.05, zorder=0)
     axis.set_xlim(-reach, reach)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.grid(axis="x", color="#eeeeee")
     axis.set_axisbelow(True)
     name, _, unit = METRICS[metric].title.partition(", ")
     verb = "gained" if sign > 0 else "saved"
-    axis.set_xlabel(
-        f"{name} {verb} by FiRST{', ' + unit if unit else ''}  (right: FiRST is better)"
-    )
+    axis.set_xlabel(f"{name} {verb} by FiRST{', ' + unit if unit else ''} →")
     axis.tick_params(axis="y", length=0)
+    kinds = [key.rpartition("-")[2] for key in keys]
+    for place in range(1, len(keys)):
+        if kinds[place] != kinds[place - 1]:
+            axis.axhline(place - 0.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
 
 
 def _seeds(row: Row) -> str:
@@ -197,16 +184,14 @@ def quality_against(rows: Sequence[Row], axis_name: str, path: Path) -> Path:
             outside += [r for r in line if r not in inside]
             _draw_line(axis, inside, metric, axis_name, looks[key], title(*key))
         axis.set_ylim((high, low) if not METRICS[metric].more_is_better else (low, high))
-        if outside:
-            _name_outside(axis, outside, metric)
         axis.set_ylabel(METRICS[metric].title + (" (axis turned: up is better)"
                         if not METRICS[metric].more_is_better else ""))  # fmt: skip
         axis.grid(color="#eeeeee")
         axis.set_axisbelow(True)
+        label = "layer calls skipped, % (mean over prompts)"
         if axis_name == "tpot":
-            axis.set_xlabel(f"time per output token, ms  ({_timing_text(shown)})")
-        else:
-            axis.set_xlabel("layer calls skipped, % (mean over prompts)")
+            label = f"time per output token, ms  ({_timing_text(shown)})"
+        axis.set_xlabel(label + _outside_text(outside, metric), fontsize=8)
     ns = sorted({row["n"] for row in shown})
     axes[0].set_title(f"n = {', '.join(map(str, ns))} prompts")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -226,6 +211,8 @@ def _looks(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, A
         color = _COLORS[place % len(_COLORS)]
         looks[key] = {"color": color, "marker": _MARKERS[place % len(_MARKERS)], "linewidth": 1}
     for key in keys:
+        if key[0].startswith("shuffled"):
+            looks[key] |= {"color": BLUE, "linestyle": ":", "linewidth": 1.6}
         if key[0] in ("lora_only", "none"):
             looks[key] = {"color": "#222222", "marker": "o", "linewidth": 1}
         if key[0] == FIRST:
@@ -274,16 +261,15 @@ def _draw_line(
             )  # fmt: skip
 
 
-def _name_outside(axis: Axes, outside: Sequence[Row], metric: str) -> None:
-    names = "\n".join(
-        f"{title(r['method'], r['weights'])}, {r['skip_rate_asked']:.0%}: "
-        f"{number(metric, r['metrics'][metric]['mean'])}"
-        for r in outside
-    )
-    axis.annotate(
-        f"far below:\n{names}", (0.015, 0.02), xycoords="axes fraction", fontsize=6.5, va="bottom",
-        color="#555555",
-    )  # fmt: skip
+def _outside_text(outside: Sequence[Row], metric: str) -> str:
+    """Methods that are not drawn, with their values."""
+    values: dict[str, list[str]] = {}
+    for row in outside:
+        value = number(metric, row["metrics"][metric]["mean"])
+        at = f" at {row['skip_rate_asked']:.0%}" if row["skip_rate_asked"] else ""
+        values.setdefault(title(row["method"], row["weights"]), []).append(value + at)
+    names = "; ".join(f"{name} {', '.join(found)}" for name, found in values.items())
+    return "\n" + textwrap.fill(f"Below the chart: {names}", 88) if names else ""
 
 
 def _timing_text(rows: Sequence[Row]) -> str:
@@ -297,14 +283,17 @@ def plans(results: Sequence[MethodResult], path: Path) -> Path:
     for axis, result in zip(figure.subplots(len(results), 1, squeeze=False)[:, 0], results,
                             strict=True):  # fmt: skip
         tasks = [example.task for example in result.examples]
-        draw_plans(axis, keep_masks(result), tasks if len(set(tasks)) > 1 else None)
+        several = len(set(tasks)) > 1
+        draw_plans(axis, keep_masks(result), tasks if several else None)
         asked = f"asked {result.method.skip_rate_asked:.0%}: "
-        axis.set_title(asked + axis.get_title(loc="left"))
+        axis.set_title(asked + axis.get_title(loc="left"), pad=18 if several else None)
     return write_png(figure, path)
 
 
 def keep_share(firsts: Sequence[Row], path: Path) -> Path:
     """Rows are tasks at a rate, columns layers; colour is the share of prompts that keep it."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     lines = [
         (f"{row['skip_rate_asked']:.0%}, {task} (n = {part['n']})", part["keep_share"])
         for row in firsts
@@ -313,9 +302,10 @@ def keep_share(firsts: Sequence[Row], path: Path) -> Path:
     shares = 100 * np.array([share for _, share in lines])
     figure = new_figure(11, 1.1 + 0.36 * len(lines))
     axis = figure.subplots()
-    image = axis.pcolormesh(shares, cmap="cividis", vmin=0, vmax=100, edgecolors="white")
+    colors = LinearSegmentedColormap.from_list("kept", [SKIPPED, KEPT])  # as the heatmaps
+    image = axis.pcolormesh(shares, cmap=colors, vmin=0, vmax=100, edgecolors="white")
     for y, x in np.argwhere((shares > 0) & (shares < 100)):
-        dark = shares[y, x] < 55
+        dark = shares[y, x] > 50
         axis.annotate(
             f"{shares[y, x]:.0f}", (x + 0.5, y + 0.5), ha="center", va="center", fontsize=6.5,
             color="white" if dark else "black",
