@@ -174,7 +174,7 @@ def quality_against(rows: Sequence[Row], axis_name: str, path: Path) -> Path:
     for row in sorted(shown, key=lambda r: r["skip_rate_asked"]):
         lines.setdefault((row["method"], row["weights"]), []).append(row)
     looks = _looks(list(lines))
-    figure = new_figure(11, 4.4)
+    figure = new_figure(11, 5)
     axes = figure.subplots(1, len(_SHOWN))
     for metric, axis in zip(_SHOWN, axes, strict=True):
         low, high = _limits(shown, metric)
@@ -184,8 +184,8 @@ def quality_against(rows: Sequence[Row], axis_name: str, path: Path) -> Path:
             outside += [r for r in line if r not in inside]
             _draw_line(axis, inside, metric, axis_name, looks[key], title(*key))
         axis.set_ylim((high, low) if not METRICS[metric].more_is_better else (low, high))
-        axis.set_ylabel(METRICS[metric].title + (" (axis turned: up is better)"
-                        if not METRICS[metric].more_is_better else ""))  # fmt: skip
+        turned = "" if METRICS[metric].more_is_better else " (turned: up is better)"
+        axis.set_ylabel(METRICS[metric].title + turned)
         axis.grid(color="#eeeeee")
         axis.set_axisbelow(True)
         label = "layer calls skipped, % (mean over prompts)"
@@ -269,7 +269,7 @@ def _outside_text(outside: Sequence[Row], metric: str) -> str:
         at = f" at {row['skip_rate_asked']:.0%}" if row["skip_rate_asked"] else ""
         values.setdefault(title(row["method"], row["weights"]), []).append(value + at)
     names = "; ".join(f"{name} {', '.join(found)}" for name, found in values.items())
-    return "\n" + textwrap.fill(f"Below the chart: {names}", 88) if names else ""
+    return "\n" + textwrap.fill(f"Off the chart: {names}", 88) if names else ""
 
 
 def _timing_text(rows: Sequence[Row]) -> str:
