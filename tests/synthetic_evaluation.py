@@ -83,21 +83,24 @@ def _timing(skipped: int, prompts: int = 8, repeats: int = 3) -> Timing:
 def evaluation(n: int = 60, *, adaptive: bool = True, timed: bool = True) -> Evaluation:
     """FiRST with three seeds beside its rivals at 25 and 50 %; without `adaptive` it loses."""
     methods = [
-        result(Method("none", "base", 0.0), 1.2, n=n, timed=timed),
+        result(Method("base", "base", 0.0), 1.2, n=n, timed=timed),
         result(Method("lora_only", "trained", 0.0), 0.0, n=n, timed=timed),
     ]
     for rate in (0.25, 0.5):
         worse = 1.0 if adaptive else -0.3
         for seed in range(3):
-            first = Method("first", "trained", rate, seed)
+            first = Method("first", "first", rate, seed)
             methods.append(result(first, 0.6 * rate + 0.01 * seed, n=n, plans=9, timed=timed))
             static = Method("static", "trained", rate, seed)
             methods.append(result(static, (0.6 + 0.25 * worse) * rate, n=n, timed=timed))
         costs = {"uniform": 1.6, "random": 2.2, "length": 0.85, "greedy": 0.62}
         for name, cost in costs.items():
             methods.append(result(Method(name, "trained", rate), cost * rate, n=n, timed=timed))
-        for name, cost in {"first_n": 9.0, "last_n": 8.0, "block_influence": 6.0}.items():
+        for name, cost in {"first_layers": 9.0, "last_layers": 8.0, "block_influence": 6.0}.items():
             methods.append(result(Method(name, "base", rate), cost * rate, n=n, timed=timed))
+        for name, cost in {"most_kept": 1.1, "length": 0.9}.items():
+            method = Method(name, "first", rate)
+            methods.append(result(method, cost * rate, n=n, timed=timed))
         shuffled = Method("shuffled", "first", rate)
         cost = (0.6 + max(worse, 0)) * rate
         methods.append(result(shuffled, cost, n=n, plans=9, timed=False))

@@ -16,7 +16,7 @@ from firstlm.evaluation.records import Evaluation, Method, MethodResult
 from firstlm.evaluation.statistics import rows
 from synthetic_evaluation import evaluation, result
 
-FIRST = Method("first", "trained", 0.25)
+FIRST = Method("first", "first", 0.25)
 
 
 def judged(*methods: MethodResult) -> Verdict:
@@ -35,14 +35,16 @@ def test_adaptivity_pays_if_rivals_and_shuffled_plans_lose() -> None:
     assert any("dealt to the wrong prompts lose: -0." in line for line in yes.sentences)
     even = replace(first, method=Method("static", "trained", 0.25))
     partly = judged(first, even, rival("uniform", 0.3), shuffled)
-    assert partly.answer == "partly" and partly.headline.endswith("even with best static plan.")
+    assert partly.answer == "partly" and partly.headline.endswith(
+        "even with best static plan + LoRA."
+    )
 
 
 def test_a_loss_is_said_plainly() -> None:
     first, shuffled = result(FIRST, 0.2, plans=5), rival("shuffled", 0.3, "first")
     lost = judged(first, rival("static", 0.1), shuffled)
-    assert lost.answer == "no" and lost.headline == "Beaten by best static plan."
-    assert any("WORSE than best static plan: +0.1" in line for line in lost.sentences)
+    assert lost.answer == "no" and lost.headline == "Beaten by best static plan + LoRA."
+    assert any("WORSE than best static plan + LoRA: +0.1" in line for line in lost.sentences)
     same = replace(first, method=Method("shuffled", "first", 0.25))
     illusion = judged(first, rival("static", 0.3), same)
     assert illusion.answer == "no" and "illusion" in illusion.headline
@@ -131,5 +133,5 @@ def test_a_summary_for_a_readme(written: tuple[Path, list[dict]], tmp_path: Path
     assert len({line.count("|") for line in lines}) == 1
     (first,) = [line for line in lines if line.startswith("| **FiRST, 0.25**")]
     assert "26.7%" in first and "(1.27)" in first
-    (static,) = [line for line in lines if line.startswith("| best static plan, 0.25")]
+    (static,) = [line for line in lines if line.startswith("| best static plan + LoRA, 0.25")]
     assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]", static)

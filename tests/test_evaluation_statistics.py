@@ -13,7 +13,7 @@ from firstlm.evaluation.records import Evaluation, ExampleResult, Method, Method
 from firstlm.evaluation.statistics import best_rows, rows
 from synthetic_evaluation import TASKS, evaluation, result
 
-FIRST, STATIC = Method("first", "trained", 0.25), Method("static", "trained", 0.25)
+FIRST, STATIC = Method("first", "first", 0.25), Method("static", "trained", 0.25)
 LORA = Method("lora_only", "trained", 0.0)
 
 
@@ -90,8 +90,8 @@ def test_intervals_cover_the_truth_and_p_is_uniform_without_a_difference() -> No
             ]
             return replace(base, method=method, examples=examples)
 
-        own, _ = two(drawn(FIRST, 0.3), drawn(Method("none", "base", 0.0), 0.0), resamples=400)
-        low, high = own["vs"]["none-base"]["cross_entropy"]["ci95"]
+        own, _ = two(drawn(FIRST, 0.3), drawn(Method("base", "base", 0.0), 0.0), resamples=400)
+        low, high = own["vs"]["base-base"]["cross_entropy"]["ci95"]
         covered.append(low <= 0.3 <= high)
         low, high = own["metrics"]["cross_entropy"]["ci95"]
         mean_covered.append(low <= 2.3 <= high)
@@ -154,14 +154,17 @@ def test_equal_methods_do_not_differ() -> None:
 
 
 def test_several_seeds_get_a_row_of_all_that_knows_how_much_they_vary() -> None:
-    def seeded(name: str, costs: list[float]) -> list[MethodResult]:
+    def seeded(name: str, weights: str, costs: list[float]) -> list[MethodResult]:
         return [
-            result(Method(name, "trained", 0.25, seed), cost, n=40)
-            for seed, cost in enumerate(costs)
+            result(Method(name, weights, 0.25, seed), cost, n=40) for seed, cost in enumerate(costs)
         ]
 
     def all_seeds(costs: list[float]) -> dict:
-        found = rows(Evaluation({}, [*seeded("first", costs), *seeded("static", [0.2] * 3)]))
+        found = rows(
+            Evaluation(
+                {}, [*seeded("first", "first", costs), *seeded("static", "trained", [0.2] * 3)]
+            )
+        )
         assert [r["seed"] for r in found] == [0, 1, 2, "all"] * 2
         chosen = best_rows(found)
         assert [r["method"] for r in chosen] == ["first", "static"]
@@ -182,12 +185,12 @@ def test_a_row_says_which_plans_ran_and_how_fast() -> None:
     assert first["distinct_plans"] > 5 and len(first["keep_share"]) == 30
     assert first["n"] == 40 and first["tasks"].keys() == set(TASKS)
     assert first["tasks"]["debian-en-de"]["metrics"]["bleu"]["n"] == 20
-    assert {"lora_only-trained", "none-base", "shuffled-first", "length-trained"} < set(first["vs"])
+    assert {"lora_only-trained", "base-base", "shuffled-first", "length-trained"} < set(first["vs"])
     assert first["speedup"] == pytest.approx(first["ideal_speedup"], rel=0.05)
     assert first["achieved_ratio"] == pytest.approx(first["speedup"] / first["ideal_speedup"])
     assert first["tpot_ms"]["n"] == 3 * 24 and first["timing"]["prompts"] == 24
     assert first["kv_bytes"] / first["full_kv_bytes"] == pytest.approx(22 / 30)
     shuffled = next(r for r in found if r["method"] == "shuffled")
     assert shuffled["speedup"] is None and shuffled["timing"] is None
-    assert set(shuffled["vs"]) == {"lora_only-trained", "none-base"}
+    assert set(shuffled["vs"]) == {"lora_only-trained", "base-base"}
     json.dumps(found, allow_nan=False)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from firstlm.evaluation.conclusions import outcome, rivals
+from firstlm.evaluation.conclusions import outcome, rivals, shuffled
 from firstlm.evaluation.metrics import METRICS
 from firstlm.evaluation.records import Evaluation, MethodResult
-from firstlm.evaluation.statistics import FIRST, best_rows, keep_masks
-from firstlm.evaluation.tables import control_title, in_order, number, title, with_interval
+from firstlm.evaluation.statistics import best_rows, is_first, keep_masks
+from firstlm.evaluation.tables import control_title, in_order, is_own, number, title, with_interval
 from firstlm.plots import KEPT, MUTED, SKIPPED, draw_plans, new_figure, style, write_png
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def draw_all(
 ) -> list[tuple[str, Path, str]]:
     """Write all pictures that the figures allow: (name, file, what it shows)."""
     folder.mkdir(parents=True, exist_ok=True)
-    firsts = [r for r in in_order(rows) if r["method"] == FIRST and r["skip_rate_asked"] > 0]
+    firsts = [r for r in in_order(rows) if is_own(r)]
     results = first_results(evaluation)
     found = []
     with style():
@@ -90,7 +90,7 @@ def first_results(evaluation: Evaluation) -> list[MethodResult]:
     chosen: dict[float, MethodResult] = {}
     for result in sorted(evaluation.methods, key=lambda r: r.method.seed):
         method = result.method
-        if method.name == FIRST and method.skip_rate_asked > 0:
+        if is_first(method.name, method.weights):
             chosen.setdefault(method.skip_rate_asked, result)
     return [chosen[rate] for rate in sorted(chosen)]
 
@@ -120,9 +120,8 @@ def _rivals_then_shuffled(row: Row, rows: Sequence[Row]) -> list[str]:
         return -row["vs"][key]["cross_entropy"]["delta"]
 
     others = rivals(row, rows)
-    trained = sorted((k for k in others if k.endswith("-trained")), key=gain)
-    untrained = sorted((k for k in others if not k.endswith("-trained")), key=gain)
-    return [*trained, *untrained, *(key for key in row["vs"] if key.startswith("shuffled"))]
+    kinds = [[k for k in others if k.endswith(f"-{w}")] for w in ("trained", "first", "base")]
+    return [*(key for kind in kinds for key in sorted(kind, key=gain)), *shuffled(row)]
 
 
 def _draw_gains(axis: Axes, row: Row, keys: Sequence[str], metric: str) -> None:
@@ -132,7 +131,12 @@ def _draw_gains(axis: Axes, row: Row, keys: Sequence[str], metric: str) -> None:
     values = np.array([[sign * row["vs"][k][metric]["delta"],
                         *sorted(sign * end for end in row["vs"][k][metric]["ci95"])]
                        for k in keys])  # fmt: skip
-    close = [i for i, k in enumerate(keys) if not k.endswith("-base")] or range(len(keys))
+    close = (
+        [i for i, k in enumerate(keys) if k.endswith("-trained")]
+        or [i for i, k in enumerate(keys) if k.endswith("-first")]
+        or list(range(len(keys)))
+    )
+    close += [i for i, k in enumerate(keys) if k in shuffled(row)]
     reach = 1.25 * np.abs(values[close]).max() or 1.0
     for place, key in enumerate(keys):
         color, marker = _OUTCOMES[outcome(row["vs"][key], metric)]
@@ -157,7 +161,7 @@ def _draw_gains(axis: Axes, row: Row, keys: Sequence[str], metric: str) -> None:
     verb = "gained" if sign > 0 else "saved"
     axis.set_xlabel(f"{name} {verb} by FiRST{', ' + unit if unit else ''} →")
     axis.tick_params(axis="y", length=0)
-    kinds = [key.rpartition("-")[2] for key in keys]
+    kinds = [key in shuffled(row) or key.rpartition("-")[2] for key in keys]
     for place in range(1, len(keys)):
         if kinds[place] != kinds[place - 1]:
             axis.axhline(place - 0.5, color="#bbbbbb", linewidth=0.8, linestyle=":")
@@ -206,16 +210,19 @@ def quality_against(rows: Sequence[Row], axis_name: str, path: Path) -> Path:
 
 def _looks(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
     looks: dict[tuple[str, str], dict[str, Any]] = {}
-    others = [key for key in keys if key[0] not in (FIRST, "lora_only", "none")]
+    unskipped = [key for key in keys if key[0] in ("lora_only", "base")]
+    others = [key for key in keys if not is_first(*key) and key not in unskipped]
     for place, key in enumerate(others):
         color = _COLORS[place % len(_COLORS)]
         looks[key] = {"color": color, "marker": _MARKERS[place % len(_MARKERS)], "linewidth": 1}
-    for key in keys:
-        if key[0].startswith("shuffled"):
+        if key[1] == "first":
+            looks[key] |= {"linestyle": "--", "markersize": 4}
+        if key[0].startswith("shuffled") and key[1] == "first":
             looks[key] |= {"color": BLUE, "linestyle": ":", "linewidth": 1.6}
-        if key[0] in ("lora_only", "none"):
+    for key in keys:
+        if key in unskipped:
             looks[key] = {"color": "#222222", "marker": "o", "linewidth": 1}
-        if key[0] == FIRST:
+        if is_first(*key):
             looks[key] = {"color": BLUE, "marker": "o", "linewidth": 2.6, "markersize": 8,
                           "zorder": 5}  # fmt: skip
         looks[key]["markerfacecolor"] = "white" if key[1] == "base" else looks[key]["color"]
@@ -223,11 +230,17 @@ def _looks(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, A
 
 
 def _limits(rows: Sequence[Row], metric: str) -> tuple[float, float]:
-    """Of what was finetuned, with room; of all where nothing was."""
-    chosen = [r for r in rows if r["weights"] != "base"] or list(rows)
+    """Of FiRST and what was trained like it, with room for what is worse; of all where there is
+    no more than FiRST."""
+    chosen = [r for r in rows if r["weights"] == "trained" or is_own(r)]
+    if len({(r["method"], r["weights"]) for r in chosen}) < 3:
+        chosen = [r for r in rows if r["weights"] != "base"] or list(rows)
     ends = np.array([r["metrics"][metric]["ci95"] for r in chosen])
-    room = 0.08 * (ends.max() - ends.min()) or 0.1
-    return float(ends.min() - room), float(ends.max() + room)
+    low, high = float(ends.min()), float(ends.max())
+    better, worse = 0.08 * (high - low) or 0.05, 0.35 * (high - low) or 0.05
+    if METRICS[metric].more_is_better:
+        return max(low - worse, 0.0), high + better
+    return low - better, high + worse
 
 
 def _draw_line(
@@ -253,7 +266,7 @@ def _draw_line(
         x, y, yerr=np.maximum([y - ends[0], ends[1] - y], 0), xerr=spread, label=label,
         elinewidth=0.8, **look,
     )  # fmt: skip
-    if label == title(FIRST, "trained"):
+    if is_own(line[0]):
         for row, across, up in zip(line, x, y, strict=True):
             axis.annotate(
                 f"{row['skip_rate_asked']:.0%}", (across, up), xytext=(7, 6),
@@ -358,7 +371,7 @@ def latency(rows: Sequence[Row], path: Path) -> Path:
     end = 0.0
     for place, row in enumerate(timed):
         ttft, decode = row["ttft_ms"]["median"], (tokens - 1) * row["tpot_ms"]["median"]
-        own = row["method"] == FIRST
+        own = is_own(row)
         axis.barh(place, ttft, color=MUTED, height=0.72)
         axis.barh(place, decode, left=ttft, color=BLUE if own else SKY, height=0.72)
         ideal = ttft + (tokens - 1) * row["full_tpot_ms"]["median"] / row["ideal_speedup"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from firstlm.evaluation.metrics import METRICS
-from firstlm.evaluation.statistics import FIRST, best_rows
-from firstlm.evaluation.tables import control_title, difference, p_value
+from firstlm.evaluation.statistics import best_rows
+from firstlm.evaluation.tables import control_title, difference, is_own, p_value
 
 Row = Mapping[str, Any]
 Outcome = Literal["better", "worse", "even"]
@@ -30,7 +30,7 @@ class Verdict:
 
     Attributes:
         answer: "yes": by cross-entropy better than every rival of the rate that was trained (than
-            every one, where none was), and worse under other prompts' plans; "no": a rival is
+            every one, where none was), and worse under other prompts' plans; "no": any rival is
             better, or other prompts' plans do as well; "partly": neither; "unknown": no rivals or
             no shuffled plans were measured.
         headline: the answer in a line.
@@ -63,6 +63,15 @@ def rivals(row: Row, rows: Sequence[Row]) -> dict[str, Mapping[str, Any]]:
     return {key: entry for key, entry in found.items() if not key.startswith("shuffled")}
 
 
+def shuffled(row: Row) -> dict[str, Mapping[str, Any]]:
+    """Entries of FiRST's `vs`: its own weights under plans of other prompts."""
+    return {
+        key: entry
+        for key, entry in row["vs"].items()
+        if key.startswith("shuffled") and key.endswith("-first")
+    }
+
+
 def trained(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Those trained like FiRST; all where none was."""
     return {k: v for k, v in entries.items() if k.endswith("-trained")} or dict(entries)
@@ -70,17 +79,21 @@ def trained(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """One a skip rate of FiRST, lowest first."""
-    firsts = [row for row in best_rows(rows) if row["method"] == FIRST]
+    firsts = [row for row in best_rows(rows) if is_own(row)]
     firsts.sort(key=lambda row: row["skip_rate_asked"])
     return [_verdict(row, rows) for row in firsts if row["skip_rate_asked"] > 0]
 
 
 def _verdict(row: Row, rows: Sequence[Row]) -> Verdict:
     against = trained(rivals(row, rows))
-    shuffled = {key: entry for key, entry in row["vs"].items() if key.startswith("shuffled")}
+    dealt_entries = shuffled(row)
     outcomes = {key: outcome(entry, "cross_entropy") for key, entry in against.items()}
-    dealt = {key: outcome(entry, "cross_entropy") for key, entry in shuffled.items()}
-    lost = [key for key, value in outcomes.items() if value == "worse"]
+    dealt = {key: outcome(entry, "cross_entropy") for key, entry in dealt_entries.items()}
+    lost = [
+        key
+        for key, entry in rivals(row, rows).items()
+        if outcome(entry, "cross_entropy") == "worse"
+    ]
     beaten = sum(value == "better" for value in outcomes.values())
     answer: Literal["yes", "partly", "no", "unknown"]
     if row["distinct_plans"] <= 1:
@@ -94,14 +107,17 @@ def _verdict(row: Row, rows: Sequence[Row]) -> Verdict:
         answer, headline = "unknown", f"No {missing} were measured."
     elif beaten == len(outcomes):
         answer = "yes"
-        headline = f"Better than all {beaten} rivals of its rate, and plans fit their prompts."
+        fit = "their prompts"
+        if dealt.get("shuffled_in_task-first", "better") != "better":
+            fit = "the task of a prompt, if not the prompt"
+        headline = f"Better than all {beaten} rivals of its rate, and plans fit {fit}."
     else:
         answer = "partly"
         even = [key for key, value in outcomes.items() if value == "even"]
         headline = f"Better than {beaten} of {len(outcomes)} rivals, even with {_names(even)}."
     sentences = [
         *_against_rivals(row, rows),
-        *_against_shuffled(row, shuffled),
+        *_against_shuffled(row, dealt_entries),
         *_plans(row, rows),
         *_quality_kept(row),
         *_speed(row),
@@ -119,8 +135,12 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
         return ["No control of this skip rate was measured, so nothing is said about rivals."]
     sentences = []
     kinds = {
-        "trained with the same steps": [k for k in found if k.endswith("-trained")],
-        "without training of their own": [k for k in found if not k.endswith("-trained")],
+        kind: [key for key in found if key.endswith(f"-{weights}")]
+        for kind, weights in (
+            ("trained for as many steps", "trained"),
+            ("that run on FiRST's weights", "first"),
+            ("that are not finetuned", "base"),
+        )
     }
     for kind, keys in kinds.items():
         for metric in _METRICS if keys else ():
@@ -139,7 +159,7 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
                 parts.append(f"WORSE than {losses}")
             name = METRICS[metric].title.partition(",")[0].partition(" F1")[0]
             sentences.append(f"By {name}, of the controls {kind}, it is " + ", ".join(parts) + ".")
-    if not kinds["trained with the same steps"]:
+    if not kinds["trained for as many steps"]:
         sentences.append("No control of this rate was trained: what LoRA would heal is not known.")
     flips = [
         key
@@ -156,22 +176,27 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _against_shuffled(row: Row, shuffled: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    if not shuffled:
+def _against_shuffled(row: Row, dealt: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not dealt:
         return ["Shuffled plans were not measured, so plans may or may not fit their prompts."]
     sentences = []
-    for key, entry in shuffled.items():
+    for key, entry in dealt.items():
         value = entry["cross_entropy"]
         cost = (
             f"{difference(value, 'cross_entropy')} nats/token, p {p_value(value['p'])}, with its "
             f"own plans ({entry['same_plans']:.0%} of the prompts got an equal one)"
         )
-        where = "" if key == "shuffled-first" else f" ({control_title(key)})"
+        within = key.startswith("shuffled_in_task")
+        where = ", even within a task" if within else ""
         sentences.append(
             {
                 "better": f"Plans dealt to the wrong prompts lose{where}: {cost}.",
-                "even": f"Plans dealt to the wrong prompts do as well{where}: {cost}. "
-                "So the choice of layers does not follow the prompt in a way that pays.",
+                "even": f"Plans dealt to the wrong prompts do as well{where}: {cost}. So "
+                + (
+                    "within a task the choice of layers does not follow the prompt."
+                    if within
+                    else "the choice of layers does not follow the prompt in a way that pays."
+                ),
                 "worse": f"Plans dealt to the wrong prompts are BETTER than its own{where}: "
                 f"{cost}.",
             }[outcome(entry, "cross_entropy")]

@@ -11,7 +11,14 @@ from typing import Any
 
 from firstlm.atomic import write_text
 from firstlm.evaluation import charts, tables
-from firstlm.evaluation.conclusions import Verdict, outcome, rivals, trained, verdicts
+from firstlm.evaluation.conclusions import (
+    Verdict,
+    outcome,
+    rivals,
+    shuffled,
+    trained,
+    verdicts,
+)
 from firstlm.evaluation.records import Evaluation
 from firstlm.evaluation.statistics import RESAMPLES
 
@@ -193,8 +200,8 @@ def _card(verdict: Verdict, rows: Sequence[Row]) -> str:
     if against:
         beaten = sum(outcome(e, "cross_entropy") == "better" for e in against.values())
         facts.append((f"{beaten} of {len(against)}", "rivals beaten, by cross-entropy"))
-    if shuffled := [e for k, e in row["vs"].items() if k.startswith("shuffled")]:
-        gain = -max(e["cross_entropy"]["delta"] for e in shuffled)
+    if dealt := shuffled(row).values():
+        gain = -min(entry["cross_entropy"]["delta"] for entry in dealt)
         facts.append((f"{gain:+.3f}", "nats/token lost with other prompts' plans"))
     if share := row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share"):
         facts.append((f"{share:.1%}", "of LoRA-only's ROUGE-L kept"))

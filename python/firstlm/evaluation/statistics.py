@@ -19,7 +19,6 @@ from firstlm.evaluation.metrics import METRICS, sentence_statistics
 from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult, Timing
 
 RESAMPLES = 2000
-FIRST = "first"  # the method that all others are rivals of
 
 _Samples = dict[str, np.ndarray]  # task, or "" for all -> [1 + R, N]: how often each is drawn
 
@@ -57,6 +56,11 @@ class _Series:
     @property
     def control_key(self) -> str:
         return control_key(self.method)
+
+
+def is_first(method: str, weights: str) -> bool:
+    """Whether this is FiRST itself, which all others are rivals of: its plans on its weights."""
+    return (method, weights) == ("first", "first")
 
 
 def control_key(method: Method) -> str:
@@ -143,7 +147,7 @@ def _is_control(own: _Series, other: _Series) -> bool:
     if other.method.skip_rate_asked == 0:
         return True
     same_rate = np.isclose(own.method.skip_rate_asked, other.method.skip_rate_asked)
-    return own.method.name == FIRST and bool(same_rate)
+    return is_first(own.method.name, own.method.weights) and bool(same_rate)
 
 
 def _samples(tasks: Sequence[str], seed: int, resamples: int) -> _Samples:

@@ -14,27 +14,31 @@ from typing import Any
 from firstlm import figures
 from firstlm.bench_tables import markdown_table
 from firstlm.evaluation.metrics import METRICS
-from firstlm.evaluation.statistics import FIRST, best_rows
+from firstlm.evaluation.statistics import best_rows, is_first
 
 Row = Mapping[str, Any]
 
 TITLES = {
-    FIRST: "FiRST",
-    "none": "nothing skipped",
-    "lora_only": "LoRA-only, nothing skipped",
+    "first": "FiRST's plans",
+    "base": "nothing skipped",
+    "lora_only": "nothing skipped",
     "static": "best static plan",
     "uniform": "every n-th layer",
     "random": "random layers",
-    "shuffled": "FiRST, plans of other prompts",
-    "shuffled_within": "FiRST, plans of other prompts of the task",
+    "first_layers": "first layers dropped",
+    "last_layers": "last layers dropped",
+    "shuffled": "plans of other prompts",
+    "shuffled_in_task": "plans of other prompts of the task",
     "block_influence": "block influence (ShortGPT)",
     "greedy": "greedy cross-entropy (SLEB-like)",
     "most_kept": "FiRST's most kept layers",
-    "length": "router of prompt length",
+    "length": "plans from prompt length",
     "early_exit": "early exit, fixed layer",
     "early_exit_confidence": "early exit by confidence",
+    "oracle": "best of many plans, an upper bound",
 }
-_WEIGHTS = {"trained": "", "first": " (FiRST's weights)", "base": " (not finetuned)"}
+_WEIGHTS = {"trained": " + LoRA", "first": ", FiRST's weights", "base": ", not finetuned"}
+_OWN_TITLES = {("first", "first"): "FiRST", ("lora_only", "trained"): "LoRA-only"}
 _DIGITS = {"perplexity": 2, "bleu": 1, "chrf": 1}
 
 
@@ -68,9 +72,8 @@ class Table:
 
 def title(method: str, weights: str) -> str:
     """What a method is called in a table or plot."""
-    name = TITLES.get(method, method.replace("_", " "))
-    plain = method in (FIRST, "lora_only") or method.startswith("shuffled")
-    return name if plain else name + _WEIGHTS[weights]
+    name = TITLES.get(method, method.replace("_", " ")) + _WEIGHTS[weights]
+    return _OWN_TITLES.get((method, weights), name)
 
 
 def control_title(key: str) -> str:
@@ -96,12 +99,17 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def is_own(row: Row) -> bool:
+    """Whether it is FiRST's."""
+    return is_first(row["method"], row["weights"])
+
+
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """One row a method and rate: by rate, FiRST first, then by cross-entropy."""
     return sorted(
         best_rows(rows),
         key=lambda r: (
-            r["skip_rate_asked"], r["method"] != FIRST, r["metrics"]["cross_entropy"]["mean"],
+            r["skip_rate_asked"], not is_own(r), r["metrics"]["cross_entropy"]["mean"],
         ),
     )  # fmt: skip
 
@@ -147,7 +155,7 @@ def _at(row: Row) -> str:
 
 
 def _bold(body: Sequence[Sequence[str]]) -> frozenset[str]:
-    return frozenset(row[0] for row in body if row[0].startswith(f"{TITLES[FIRST]}, 0"))
+    return frozenset(row[0] for row in body if row[0].startswith("FiRST, 0"))
 
 
 def _timing_cells(row: Row) -> list[str]:
@@ -221,7 +229,7 @@ def summary_table(rows: Sequence[Row]) -> str:
     head = ["method", "skipped", "cross-entropy", "ROUGE-L", "of LoRA-only's", "chrF",
             "FiRST's cross-entropy minus this one's", "TPOT, ms", "speedup (ideal)"]  # fmt: skip
     ordered = in_order(rows)
-    firsts = {r["skip_rate_asked"]: r for r in ordered if r["method"] == FIRST}
+    firsts = {r["skip_rate_asked"]: r for r in ordered if is_own(r)}
     body = []
     for row in ordered:
         metrics, first = row["metrics"], firsts.get(row["skip_rate_asked"])
