@@ -35,10 +35,10 @@ def answer_positions(labels: torch.Tensor) -> torch.Tensor:
     return (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()  # [P]
 
 
-def answer_cross_entropy(
+def answer_token_losses(
     logits: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of every sequence's answer, summed over its tokens.
+    """Cross-entropy of every answer token of the batch, K in all.
 
     Args:
         logits: [B, P, V] at `positions`; low precision is raised to f32.
@@ -46,14 +46,29 @@ def answer_cross_entropy(
         positions: [P], from answer_positions.
 
     Returns:
-        (sums [B] f32 or f64, answer tokens [B] int64).
+        (losses [K] f32 or f64, [K, 2] int64: their row and their place among `positions`); row by
+        row, tokens in order.
     """
     targets = labels[:, positions + 1]  # [B, P]
     answer = targets != IGNORED  # [B, P]
-    rows = answer.nonzero()[:, 0]  # [N]
-    token_loss = F.cross_entropy(_raised(logits[answer]), targets[answer], reduction="none")  # [N]
-    sums = token_loss.new_zeros(labels.shape[0]).index_add(0, rows, token_loss)
-    return sums, answer.sum(1)
+    losses = F.cross_entropy(_raised(logits[answer]), targets[answer], reduction="none")  # [K]
+    return losses, answer.nonzero()
+
+
+def answer_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of every sequence's answer, summed over its tokens.
+
+    Args:
+        logits, labels, positions: as in answer_token_losses.
+
+    Returns:
+        (sums [B] f32 or f64, answer tokens [B] int64).
+    """
+    losses, where = answer_token_losses(logits, labels, positions)
+    sums = losses.new_zeros(labels.shape[0]).index_add(0, where[:, 0], losses)
+    return sums, (labels[:, positions + 1] != IGNORED).sum(1)
 
 
 def distillation(

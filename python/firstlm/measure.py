@@ -34,11 +34,13 @@ class Answers:
         skip_plans: the N plans; empty for a model without routers.
         layer_calls_per_token: layers that one generated token of one sequence went through, counted
             inside the layers; None for a model without routers.
+        new_tokens: tokens of each answer, with the one that ends it.
     """
 
     texts: list[str] = field(default_factory=list)
     skip_plans: list[SkipPlan] = field(default_factory=list)
     layer_calls_per_token: float | None = None
+    new_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -102,6 +104,7 @@ def answer(
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     texts: dict[int, str] = {}
     plans: dict[int, SkipPlan] = {}
+    lengths: dict[int, int] = {}
     routed = hasattr(model, "count_layer_calls")
     with _bar(progress, len(encoded)) as bar, _evaluating(model), contextlib.ExitStack() as stack:
         calls = stack.enter_context(model.count_layer_calls()) if routed else None
@@ -119,6 +122,7 @@ def answer(
             new_tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
             decoded = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
             texts |= dict(zip(rows, decoded, strict=True))
+            lengths |= dict(zip(rows, _lengths(model, new_tokens), strict=True))
             if routed:
                 plans |= dict(zip(rows, output.skip_plans, strict=True))
             bar.update(len(rows))
@@ -126,7 +130,16 @@ def answer(
         texts=[texts[i].strip() for i in range(len(encoded))],
         skip_plans=[plans[i] for i in range(len(encoded))] if routed else [],
         layer_calls_per_token=calls.per_token() if calls is not None else None,
+        new_tokens=[lengths[i] for i in range(len(encoded))],
     )
+
+
+def _lengths(model: PreTrainedModel, new_tokens: torch.Tensor) -> list[int]:
+    """Tokens of every row [B, T] up to its first end-of-sequence token; what follows is padding."""
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=new_tokens.device)
+    before = torch.isin(new_tokens, ends).long().cumsum(1) == 0  # [B, T]
+    return (before.sum(1) + 1).clamp(max=new_tokens.shape[1]).tolist()
 
 
 def rouge(

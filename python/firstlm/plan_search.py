@@ -103,7 +103,7 @@ def search_plan(
     cost = _free_cost(importance, protected)
     tried = {tuple(plan)}
     for _ in range(trials):
-        swapped = _swap(plan, cost, generator)
+        swapped = swap(plan, cost, generator)
         if tuple(swapped) in tried:
             continue
         tried.add(tuple(swapped))
@@ -153,7 +153,7 @@ def search_task_plans(
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(trials * len(names)):
         first, second = (names[i] for i in torch.randperm(len(names), generator=generator)[:2])
-        moved = {first: _swap(plans[first], cost, generator)}
+        moved = {first: swap(plans[first], cost, generator)}
         if trade and torch.rand(1, generator=generator) < 0.5:
             moved = {
                 first: _change(plans[first], cost, generator, keep=False),
@@ -199,8 +199,8 @@ def _change(
     return changed
 
 
-def _swap(plan: list[bool], cost: torch.Tensor, generator: torch.Generator) -> list[bool]:
-    """One skipped layer comes back and a kept one goes."""
+def swap(plan: list[bool], cost: torch.Tensor, generator: torch.Generator) -> list[bool]:
+    """One skipped layer comes back and a kept one goes; never one of infinite cost [L]."""
     returned = _change(plan, cost, generator, keep=True)
     candidates = [kept and old for kept, old in zip(returned, plan, strict=True)]
     still = cost.clone()
@@ -235,7 +235,7 @@ def fit_routers(
     if model.router_config.head != "linear":
         raise ValueError('routers start from plans only with head="linear"')
     undecided = [i for i in range(plans.shape[1]) if 0 < int(plans[:, i].sum()) < len(plans)]
-    features = _features(model, examples, collator, plans, undecided, batch_size, progress)
+    features = router_features(model, examples, collator, plans, undecided, batch_size, progress)
     for layer_idx, layer in enumerate(model.decoder_layers):
         if layer_idx in undecided:
             weight, bias = _discriminant(features[layer_idx], plans[:, layer_idx], margin)
@@ -245,7 +245,7 @@ def fit_routers(
             layer.router.reset_parameters(margin if bool(plans[0, layer_idx]) else -margin)
 
 
-def _features(
+def router_features(
     model: Any,
     examples: Sequence[Any],
     collator: Collator,
