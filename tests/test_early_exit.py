@@ -1,11 +1,9 @@
-"""Early exit by confidence, and plans from the prompt's length."""
+"""Early exit by confidence: both ends of the threshold, what lies between, and its rate."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import firstlm
@@ -17,7 +15,6 @@ from firstlm.evaluation.early_exit import (
     first_exit,
     score_early_exit,
 )
-from firstlm.evaluation.length_only import fit_length_plans
 from firstlm.scoring import score
 from firstlm.skip_plan import SkipPlan
 from tiny_gguf import tiny_model_folder
@@ -125,36 +122,3 @@ def test_greedy_answers_of_both_ends_of_the_threshold(folder):
     assert always.layers_run == [1] * 4
     middle = early(0.5)
     assert len(middle.texts) == 4 and all(1 <= n <= num_layers for n in middle.layers_run)
-
-
-# ---- plans from lengths ----
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 15)), min_size=1, max_size=40),
-    st.integers(1, 10),
-)
-def test_length_plans_keep_protected_layers_and_the_rate(prompts, bins):
-    lengths = [length for length, _ in prompts]
-    masks = torch.tensor(
-        [[True, *(bool(bits >> i & 1) for i in range(4)), True] for _, bits in prompts]
-    )
-    fitted = fit_length_plans(lengths, masks, [0, 5], bins)
-    plans = fitted.plans_of(lengths)
-    assert plans.shape == masks.shape and bool(plans[:, [0, 5]].all())
-    assert len(fitted.plans) <= bins
-    largest = max(lengths.count(n) for n in lengths) + len(lengths) // bins + 1
-    assert abs(int(plans.sum()) - int(masks.sum())) <= largest / 2 + 1
-    assert torch.equal(fitted.plans_of(lengths), plans)
-
-
-def test_a_router_that_follows_the_length_is_reproduced():
-    lengths = list(range(1, 41))
-    masks = torch.ones(40, 5, dtype=torch.bool)
-    masks[:20, 2] = False
-    masks[20:, 3] = False
-    fitted = fit_length_plans(lengths, masks, [0], bins=4)
-    assert torch.equal(fitted.plans_of(lengths), masks)
-    assert torch.equal(fitted.plans_of([0, 1000]), masks[[0, -1]])
-    with pytest.raises(ValueError, match="do not match"):
-        fit_length_plans([1, 2], masks, [0])
