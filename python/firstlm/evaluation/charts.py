@@ -212,7 +212,9 @@ def _looks(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, A
     looks: dict[tuple[str, str], dict[str, Any]] = {}
     unskipped = [key for key in keys if key[0] in ("lora_only", "base")]
     others = [key for key in keys if not is_first(*key) and key not in unskipped]
-    for place, key in enumerate(others):
+    names = list(dict.fromkeys(name for name, _ in others))
+    for key in others:
+        place = names.index(key[0])
         color = _COLORS[place % len(_COLORS)]
         looks[key] = {"color": color, "marker": _MARKERS[place % len(_MARKERS)], "linewidth": 1}
         if key[1] == "first":

@@ -37,7 +37,7 @@ TITLES = {
     "early_exit_confidence": "early exit by confidence",
     "oracle": "best of many plans, an upper bound",
 }
-_WEIGHTS = {"trained": " + LoRA", "first": ", FiRST's weights", "base": ", not finetuned"}
+_WEIGHTS = {"trained": " + LoRA", "first": " (FiRST's weights)", "base": " (not finetuned)"}
 _OWN_TITLES = {("first", "first"): "FiRST", ("lora_only", "trained"): "LoRA-only"}
 _DIGITS = {"perplexity": 2, "bleu": 1, "chrf": 1}
 
