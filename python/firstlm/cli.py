@@ -1,4 +1,4 @@
-"""The `firstlm` command: train, calibrate, generate, plan, info, lm-eval, bench.
+"""The `firstlm` command: train, calibrate, evaluate, generate, plan, info, lm-eval, bench.
 
 Results go to stdout, everything else (progress, notes, errors) to stderr. Torch and transformers
 are imported inside the commands, so that `--help` is instant.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import firstlm
-from firstlm import cli_bench, cli_calibrate, cli_input
+from firstlm import cli_bench, cli_calibrate, cli_evaluate, cli_input
 
 EPILOG = (
     "Exit codes: 0 done, 1 an error (one line on stderr; --debug or FIRSTLM_DEBUG=1 shows the "
@@ -162,19 +162,12 @@ def train(
     import firstlm.training
 
     result = firstlm.training.train(chosen)
-    _leave_process_group()
+    cli_evaluate.leave_process_group()
     typer.echo(json.dumps(result.to_json(), indent=2) if as_json else _training_report(result))
 
 
-def _leave_process_group() -> None:
-    """After a run under torchrun: threads of a group that is left to the exit can abort it."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 app.command("calibrate")(reports_errors(cli_calibrate.calibrate))
+app.command("evaluate")(reports_errors(cli_evaluate.evaluate))
 
 
 @app.command()

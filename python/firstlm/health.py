@@ -187,7 +187,7 @@ def router_health(
     mask = hard.keep_mask
     soft = run(gate="soft")
     full = run(keep_mask=torch.ones_like(mask))
-    other = run(keep_mask=mask[_derangement(len(mask), seed)])
+    other = run(keep_mask=mask[derangement(len(mask), seed)])
     kept = mask.double().mean(0)  # [L]
     static = torch.tensor(most_kept_plan(kept.tolist(), hard.skip_rate, protected))
     most_kept = run(keep_mask=static)
@@ -225,7 +225,7 @@ def router_health(
     )
 
 
-def _derangement(count: int, seed: int) -> torch.Tensor:
+def derangement(count: int, seed: int) -> torch.Tensor:
     """A permutation [count] without fixed points: one cycle through all in random order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     next_of = torch.empty_like(order)

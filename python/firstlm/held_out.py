@@ -26,12 +26,15 @@ class Example:
         prompt: a text, or a chat as a list of messages.
         prompt_ids, answer_ids: tokens; those of the answer with its end.
         answer: its text.
+        id, task: of the row and of the corpus that it is from.
     """
 
     prompt: Any
     prompt_ids: list[int]
     answer_ids: list[int]
     answer: str
+    id: str = ""
+    task: str = ""
 
     def row(self) -> dict[str, list[int]]:
         """input_ids, labels, prompt_mask, as scoring.score takes them."""
@@ -87,6 +90,36 @@ def load_held_out(
     Raises:
         ValueError: what load_corpus raises, or too few examples.
     """
+    found, too_long, total = load_examples(
+        source, split, tokenizer,
+        max_length=max_length, count=calibration + check, seed=seed, columns=columns,
+    )  # fmt: skip
+    if len(found) < 2 * _LEAST:
+        raise ValueError(
+            f"no held-out data: {len(found)} of {total} examples fit {max_length} tokens, "
+            f"and two parts need {_LEAST} each; give more data or raise max_length"
+        )
+    first = round(len(found) * calibration / (calibration + check))
+    first = min(max(first, _LEAST), len(found) - _LEAST)
+    return HeldOut(found[:first], found[first:], too_long)
+
+
+def load_examples(
+    source: Any,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    count: int,
+    seed: int,
+    columns: Mapping[str, Any] | None = None,
+) -> tuple[list[Example], int, int]:
+    """Draws examples; arguments as of load_held_out.
+
+    Returns:
+        `count` examples or as many as fit, how many were passed over because of their length, and
+        how many there are in all.
+    """
     dataset = load_set(source, source, split, None, seed, columns or {})
     end = answer_end(tokenizer)
     found: list[Example] = []
@@ -94,21 +127,15 @@ def load_held_out(
     for row in dataset.shuffle(seed=seed):
         answer = answer_of(row)
         answer_ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"]) + end
-        prompt_ids = encode_prompt(prompt_of(row), tokenizer)
+        prompt = prompt_of(row)
+        prompt_ids = encode_prompt(prompt, tokenizer)
         if len(prompt_ids) + len(answer_ids) > max_length:
             too_long += 1
             continue
-        found.append(Example(prompt_of(row), prompt_ids, answer_ids, answer))
-        if len(found) == calibration + check:
+        found.append(Example(prompt, prompt_ids, answer_ids, answer, str(row["id"]), row["task"]))
+        if len(found) == count:
             break
-    if len(found) < 2 * _LEAST:
-        raise ValueError(
-            f"no held-out data: {len(found)} of {len(dataset)} examples fit {max_length} tokens, "
-            f"and two parts need {_LEAST} each; give more data or raise max_length"
-        )
-    first = round(len(found) * calibration / (calibration + check))
-    first = min(max(first, _LEAST), len(found) - _LEAST)
-    return HeldOut(found[:first], found[first:], too_long)
+    return found, too_long, len(dataset)
 
 
 def rows_of(examples: Sequence[Example]) -> list[dict[str, list[int]]]:

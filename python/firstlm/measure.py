@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from firstlm.cache_argument import cache_of
 from firstlm.data import encode_prompt, pad_prompts
+from firstlm.layer_calls import LayerCalls
 from firstlm.skip_plan import SkipPlan
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class Answers:
         layer_calls_per_token: layers that one generated token of one sequence went through, counted
             inside the layers; None for a model without routers.
         new_tokens: tokens of each answer, with the one that ends it.
+        calls: all that was counted; None for a model without routers.
     """
 
     texts: list[str] = field(default_factory=list)
     skip_plans: list[SkipPlan] = field(default_factory=list)
     layer_calls_per_token: float | None = None
     new_tokens: list[int] = field(default_factory=list)
+    calls: LayerCalls | None = None
 
 
 @dataclass
@@ -93,7 +96,7 @@ def answer(
         model: routed or any causal LM of transformers.
         prompts: texts, or chats as lists of messages (see `firstlm.data.encode_prompt`).
         progress: title of a progress bar, or None for no bar.
-        generate_kwargs: for `generate`, say `skip_plan=` or `budget=`.
+        generate_kwargs: for `generate`, say `skip_plan=` (one, or one a prompt) or `budget=`.
 
     Raises:
         ValueError: no prompts.
@@ -106,11 +109,16 @@ def answer(
     plans: dict[int, SkipPlan] = {}
     lengths: dict[int, int] = {}
     routed = hasattr(model, "count_layer_calls")
+    skip_plan = generate_kwargs.pop("skip_plan", None)
     with _bar(progress, len(encoded)) as bar, _evaluating(model), contextlib.ExitStack() as stack:
         calls = stack.enter_context(model.count_layer_calls()) if routed else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = _on_device(pad_prompts([encoded[i] for i in rows], tokenizer), model)
+            if isinstance(skip_plan, SkipPlan):
+                generate_kwargs["skip_plan"] = skip_plan
+            elif skip_plan is not None:
+                generate_kwargs["skip_plan"] = [skip_plan[i] for i in rows]
             output = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -131,6 +139,7 @@ def answer(
         skip_plans=[plans[i] for i in range(len(encoded))] if routed else [],
         layer_calls_per_token=calls.per_token() if calls is not None else None,
         new_tokens=[lengths[i] for i in range(len(encoded))],
+        calls=calls,
     )
 
 

@@ -357,6 +357,10 @@ class Engine:
         values = found if details else [one.log_probs for one in found]
         return values[0] if asked.single else values
 
+    def forget(self) -> None:
+        """Drops what earlier calls have read of their prompts, so that the next one reads all."""
+        self._prefixes.clear()
+
     # -- the parts of a call ----------------------------------------------------------------------
     def prepare(self, prompts: Any, **options: Any) -> Call:
         """A call that has been checked; arguments as in `generate`, see `call.prepare`."""

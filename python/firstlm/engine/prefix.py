@@ -87,3 +87,8 @@ class PrefixStore:
             self._kept[id(kept)] = kept
             while len(self._kept) > self.capacity:
                 self._kept.popitem(last=False)
+
+    def clear(self) -> None:
+        """Keeps nothing."""
+        with self._lock:
+            self._kept.clear()

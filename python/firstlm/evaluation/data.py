@@ -1,0 +1,103 @@
+"""The examples of an evaluation: validation ones that plans are chosen on, test ones that count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from firstlm.corpus import CORPUS_NAMES
+from firstlm.held_out import Example, load_examples, load_held_out
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Examples of one or several tasks, those of a task side by side.
+
+    Attributes:
+        validation: plans and thresholds are found on these.
+        test: everything is measured on these.
+        too_long: examples that were passed over because of their length.
+    """
+
+    validation: list[Example]
+    test: list[Example]
+    too_long: int
+
+    @property
+    def tasks(self) -> list[str]:
+        """In order."""
+        return list(dict.fromkeys(example.task for example in self.test))
+
+    def batches(self, size: int) -> list[list[int]]:
+        """Indices of test examples of like length, always the same ones together."""
+        order = sorted(range(len(self.test)), key=lambda i: (len(self.test[i].prompt_ids), i))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Hex sha256 of ids and tokens, in order."""
+    parts = [[e.id, e.task, e.prompt_ids, e.answer_ids, e.answer] for e in examples]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def load_evaluation_data(
+    sources: Sequence[Any],
+    tokenizer: Any,
+    *,
+    examples: int,
+    validation: int,
+    max_length: int,
+    seed: int,
+    columns: Mapping[str, Any] | None = None,
+) -> EvaluationData:
+    """Draws examples of every source.
+
+    Args:
+        sources: tasks, each as in corpus.load_corpus. Of a file or Dataset without splits one part
+            becomes validation and the rest is tested.
+        examples, validation: of each source.
+        max_length: longer examples (prompt + answer, tokens) are passed over.
+        seed: of the draw.
+
+    Raises:
+        ValueError: what load_corpus raises, or too few examples.
+    """
+    chosen: list[Example] = []
+    tested: list[Example] = []
+    too_long = 0
+    options: dict[str, Any] = {"max_length": max_length, "seed": seed, "columns": columns}
+    for source in sources:
+        if _has_splits(source):
+            parts = {}
+            for split, count in (("validation", validation), ("test", examples)):
+                found, passed, total = load_examples(
+                    source, split, tokenizer, count=count, **options
+                )
+                if len(found) < 2:
+                    raise ValueError(
+                        f"{source}: {len(found)} of {total} {split} examples fit {max_length} "
+                        "tokens: give more data or raise max_length"
+                    )
+                parts[split] = found
+                too_long += passed
+            own, measured = parts["validation"], parts["test"]
+        else:
+            held_out = load_held_out(
+                source, "test", tokenizer, calibration=validation, check=examples, **options
+            )
+            own, measured = held_out.calibration, held_out.check
+            too_long += held_out.too_long
+        chosen += own
+        tested += measured
+    return EvaluationData(chosen, tested, too_long)
+
+
+def _has_splits(source: Any) -> bool:
+    if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
+        from pathlib import Path
+
+        return source in CORPUS_NAMES or not Path(source).is_file()
+    return isinstance(source, Mapping)

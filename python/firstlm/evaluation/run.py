@@ -1,0 +1,717 @@
+"""evaluate(): every method on the same examples, beside FiRST.
+
+evaluation = evaluate("runs/x/checkpoint", ["debian-synopsis"], [0.25], output="runs/x/evaluation")
+
+Weights are loaded once and run all methods that use them, batch by batch. What is measured goes to
+disk at once (store.py), so that the same call goes on after an interruption, and under torchrun or
+`accelerate launch` every process takes its share of the batches. N examples, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import firstlm
+from firstlm import decode_paths, figures, loading
+from firstlm.budget import calibrate_thresholds, rate_key
+from firstlm.checkpoint import read_router_config
+from firstlm.decode_paths import DecodePath
+from firstlm.engine.source import source_folders, source_key
+from firstlm.evaluation import checks, timing
+from firstlm.evaluation import methods as rules
+from firstlm.evaluation.data import EvaluationData, fingerprint, load_evaluation_data
+from firstlm.evaluation.methods import FirstPlans
+from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult, Timing
+from firstlm.evaluation.store import Store, digest
+from firstlm.held_out import Example
+from firstlm.skip_plan import mask_to_plans
+from firstlm.tokenizer import load_tokenizer
+from firstlm.train_progress import bar
+
+_WAIT = datetime.timedelta(days=7)  # other processes wait while one measures latency or plans
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        examples: tested, of each task.
+        validation: of each task, that thresholds and FiRST's most kept layers are found on.
+        plan_examples: of these, of each task, that the plans of other controls are measured on.
+        batch_size: of the hf path.
+        max_new_tokens: of an answer; None: as long as a task's longest validation reference.
+        max_length: longer examples (prompt + answer, tokens) are passed over.
+        timing_prompts, repeats: of TPOT: every method decodes each of the prompts `repeats` times.
+        new_tokens: of a timed answer.
+        draws: of random plans.
+    """
+
+    examples: int = 300
+    validation: int = 96
+    plan_examples: int = 16
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    max_length: int = 512
+    timing_prompts: int = 8
+    repeats: int = 3
+    new_tokens: int = 32
+    draws: int = 2
+
+    def __post_init__(self) -> None:
+        least = {"examples": 2, "validation": 2, "new_tokens": 2, "timing_prompts": 0}
+        for name, value in vars(self).items():
+            if value is not None and value < least.get(name, 1):
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+
+
+def evaluate(
+    checkpoints: Any,
+    data: Sequence[Any] | Any,
+    skip_rates: Sequence[float] | None = None,
+    *,
+    output: str | Path,
+    trained: Mapping[str, Any] | None = None,
+    controls: Sequence[str] = rules.DEFAULT_CONTROLS,
+    weights: Sequence[str] = ("first",),
+    columns: Mapping[str, Any] | None = None,
+    engine: str = "hf",
+    timing_engine: str | None = "auto",
+    precision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    threads: int | None = None,
+    effort: Effort | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measures FiRST and its rivals on the same examples.
+
+    Args:
+        checkpoints: FiRST's: a folder, a list of folders (one a training seed), or a dict from skip
+            rates to these, where each rate was trained for itself.
+        data: tasks, each a shipped corpus, a JSONL file, a folder with one a split, or a Dataset.
+        skip_rates: asked; None: those that the checkpoints were trained for.
+        output: folder of results.json, examples.jsonl, report.md and report.html, and of what an
+            interrupted evaluation goes on from.
+        trained: name of a control -> checkpoints of `firstlm train control=…`, given as
+            `checkpoints` are.
+        controls: that need no training of their own, of methods.CONTROLS.
+        weights: whose weights these run on: "first" (FiRST's), "base" (not finetuned), or both.
+        columns: prompt_column, answer_column, messages_column of the data.
+        engine: that quality is measured on: "hf" (batches), "native", or "auto".
+        timing_engine: that latency is measured on: "auto" (native where it runs the model),
+            "native", "hf", or None: no latency.
+        precision: of the native engine; None: int8.
+        dtype: of the hf path; None: as stored.
+        threads: None: as many as torch uses.
+        effort: how much is measured.
+        seed: of the draw of examples, of shuffling and of random plans.
+        progress: show bars on stderr; None: on a terminal.
+
+    Returns:
+        Evaluation, whole in every process; its files are written by the main one.
+
+    Raises:
+        ValueError: arguments that do not fit together, before any work.
+        CheckFailed, PlanNotFollowed: a self-check found that figures would be wrong.
+    """
+    request = _Request(
+        rules.folders_of(checkpoints),
+        {name: rules.folders_of(given) for name, given in (trained or {}).items()},
+        [data] if isinstance(data, (str, Path)) or not isinstance(data, Sequence) else list(data),
+        tuple(dict.fromkeys(controls)),
+        tuple(dict.fromkeys(weights)),
+        effort or Effort(),
+        seed,
+        engine,
+        timing_engine,
+        precision,
+        dtype,
+    )
+    request.check()
+    methods = request.methods(skip_rates)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        show = sys.stderr.isatty() if progress is None else progress
+        return _Run(request, methods, Path(output), threads, show).go(columns)
+    except KeyboardInterrupt:
+        message = "What was measured is kept: run the same command again to go on."
+        raise KeyboardInterrupt(message) from None
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `evaluate`, checked as far as files without weights tell."""
+
+    first: dict[float | None, list[str]]
+    trained: dict[str, dict[float | None, list[str]]]
+    sources: list[Any]
+    controls: tuple[str, ...]
+    weights: tuple[str, ...]
+    effort: Effort
+    seed: int
+    engine: str
+    timing_engine: str | None
+    precision: str | None
+    dtype: torch.dtype | str | None
+
+    def check(self) -> None:
+        rules.check_folders(self.first, "checkpoints")
+        for name, folders in self.trained.items():
+            if name not in (*rules.CONTROLS, "first") or name == "base":
+                raise ValueError(f"trained {name!r} is no control: {', '.join(rules.CONTROLS)}")
+            rules.check_folders(folders, f"trained {name}")
+        rules.check_controls(self.controls, self.weights)
+        if not self.sources:
+            raise ValueError("data names no task: give at least one")
+        quality_precision = self.precision if self.engine != "hf" else None
+        decode_paths.check_options(self.engine, quality_precision, None)
+        decode_paths.check_options(self.timing_engine or "hf", None, None)
+        if (
+            self.precision is not None
+            and self.engine == "hf"
+            and self.timing_engine in (None, "hf")
+        ):
+            raise ValueError("precision is of the native engine, and none is used")
+        layers = {
+            read_router_config(Path(folder)).num_layers
+            for folders in (self.first, *self.trained.values())
+            for found in folders.values()
+            for folder in found
+        }
+        if len(layers) > 1:
+            raise ValueError(f"the checkpoints are of models of {sorted(map(str, layers))} layers")
+
+    def methods(self, skip_rates: Sequence[float] | None) -> list[Method]:
+        rates = rules.rates_of(self.first, skip_rates)
+        return rules.make_methods(
+            self.first, self.trained, rates, self.controls, self.weights, self.effort.draws
+        )
+
+
+class _Run:
+    """One evaluation."""
+
+    def __init__(
+        self,
+        request: _Request,
+        methods: list[Method],
+        output: Path,
+        threads: int | None,
+        show: bool,
+    ) -> None:
+        from accelerate import PartialState
+
+        self.request, self.methods, self.output = request, methods, output
+        self.effort, self.seed, self.threads = request.effort, request.seed, threads
+        self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=_WAIT)
+        self.main = self.state.is_main_process
+        self.show = show and self.main
+        self.store = Store(output, self.state.process_index)
+        self.first_plans: dict[Method, FirstPlans] = {}
+        self.plans: dict[str, torch.Tensor] = {}
+        self.timings: dict[str, Timing] = {}
+        self.notes: dict[str, list[str]] = {method.key: [] for method in methods}
+        self.checks: dict[str, str] = {}
+
+    def go(self, columns: Mapping[str, Any] | None) -> Evaluation:
+        """Data first, which fails sooner than a model loads."""
+        folder = next(m.checkpoint for m in self.methods if m.name == "first")
+        assert folder is not None
+        self.checks["optimizer steps"] = self._check_steps()
+        self.tokenizer = load_tokenizer(folder)
+        base = loading.base_config(folder).get_text_config()
+        self.positions = getattr(base, "max_position_embeddings", None) or sys.maxsize
+        self.data = load_evaluation_data(
+            self.request.sources, self.tokenizer,
+            examples=self.effort.examples, validation=self.effort.validation,
+            max_length=min(self.effort.max_length, self.positions), seed=self.seed,
+            columns=columns,
+        )  # fmt: skip
+        self.batches = self.data.batches(self.effort.batch_size)
+        self.prints = {
+            "validation": fingerprint(self.data.validation),
+            "test": fingerprint(self.data.test),
+        }
+        for group in _groups(self.methods):
+            self._run_group(group)
+        evaluation = self._collect()
+        if self.main:
+            from firstlm.evaluation.files import write_evaluation
+
+            write_evaluation(evaluation, self.output, self.seed)
+        self.state.wait_for_everyone()
+        return evaluation
+
+    def _check_steps(self) -> str:
+        found = []
+        for first in (m for m in self.methods if (m.name, m.weights) == ("first", "first")):
+            assert first.checkpoint is not None
+            rivals = {
+                m.key: m.checkpoint
+                for m in self.methods
+                if m.weights == "trained"
+                and m.checkpoint is not None
+                and m.seed == first.seed
+                and m.skip_rate_asked in (0.0, first.skip_rate_asked)
+            }
+            found.append(f"{first.key}: {checks.check_steps(first.checkpoint, rivals)}")
+        return "; ".join(found)
+
+    # ---- one set of weights ----
+
+    def _run_group(self, group: list[Method]) -> None:
+        """All methods that share weights: plans, then quality, then latency."""
+        weights = _Weights(self, group[0])
+        for method in group:
+            if (method.name, method.weights) == ("first", "first"):
+                self._find_first_plans(weights, method)
+        for method in group:
+            self.plans[method.key] = self._plans_of(weights, method)
+        self._check_weights(weights, group)
+        for method in group:
+            self._measure(weights, method)
+        if self.request.timing_engine is not None and self.effort.timing_prompts:
+            self._time(weights, group)
+        self.state.wait_for_everyone()
+
+    def _once(self, key: dict[str, Any], find: Callable[[], Any]) -> Any:
+        """A value that the main process finds, if no file holds it, and every process reads."""
+        if self.main and self.store.read(key) is None:
+            self.store.write(key, find())
+        self.state.wait_for_everyone()
+        return self.store.read(key)
+
+    def _find_first_plans(self, weights: _Weights, method: Method) -> None:
+        rate = method.skip_rate_asked
+        key = {
+            "what": "first",
+            "weights": weights.key,
+            "rate": rate,
+            **self.prints,
+            **weights.quality_key,
+        }
+
+        def find() -> dict[str, Any]:
+            thresholds = weights.use_thresholds(rate, None)
+            parts = {"validation": self.data.validation, "test": self.data.test}
+            return {"thresholds": thresholds} | {
+                name: _bits(self._routed(weights, rate, examples))
+                for name, examples in parts.items()
+            }
+
+        value = self._once(key, find)
+        weights.thresholds[rate] = value["thresholds"]
+        plans = FirstPlans(value["thresholds"], _mask(value["validation"]), _mask(value["test"]))
+        self.first_plans[method] = plans
+        achieved = 1.0 - plans.test.double().mean().item()
+        if abs(achieved - rate) > 0.02:
+            note = f"asked for {rate:.1%}, skips {achieved:.1%} of the test prompts' layers"
+            self.notes[method.key].append(note)
+
+    def _routed(self, weights: _Weights, rate: float, examples: Sequence[Example]) -> torch.Tensor:
+        """The routers' plans [N, L], in the batches in which they are measured."""
+        data = EvaluationData([], list(examples), 0)
+        batches = data.batches(self.effort.batch_size)
+        found: list[Any] = [None] * len(examples)
+        with self._bar(f"plans at {rate:g}: examples", len(examples)) as update:
+            for batch in batches:
+                mask = weights.path.plans([examples[i] for i in batch], {"budget": rate})
+                for row, i in zip(mask, batch, strict=True):
+                    found[i] = row
+                update(len(batch))
+        return torch.stack(found)
+
+    def _first_of(self, method: Method) -> FirstPlans:
+        """FiRST's plans that a control of one rate is made from."""
+        candidates = [m for m in self.first_plans if m.skip_rate_asked == method.skip_rate_asked]
+        own = [m for m in candidates if m.checkpoint == method.checkpoint]
+        return self.first_plans[(own or candidates)[0]]
+
+    def _plans_of(self, weights: _Weights, method: Method) -> torch.Tensor:
+        """Keep mask [N, L] of a method on the test examples."""
+        name, rate, count = method.name, method.skip_rate_asked, len(self.data.test)
+        num_layers, protected = weights.num_layers, weights.protected
+        if name in rules.UNSKIPPED:
+            return torch.ones(count, num_layers, dtype=torch.bool)
+        if method.weights == "trained":
+            key = {
+                "what": "trained", "weights": weights.key, **self.prints, **weights.quality_key,
+            }  # fmt: skip
+            return _mask(self._once(key, lambda: _bits(self._own_plans(weights))))
+        if name == "first":
+            return self._first_of(method).test
+        if name in rules.FROM_FIRST:
+            return rules.plans_from_first(
+                name, self._first_of(method), self.data.validation, self.data.test,
+                self.seed + method.seed, protected, rate,
+            )  # fmt: skip
+        if name in rules.BY_POSITION:
+            draw = self.seed + method.seed
+            plan = rules.plan_by_position(name, num_layers, rate, protected, draw)
+        elif name == "static":
+            plan = self._static_plan(weights, method)
+        else:
+            plan = self._measured_plan(weights, name, rate)
+        return torch.tensor(plan).expand(count, -1)
+
+    def _own_plans(self, weights: _Weights) -> torch.Tensor:
+        """Of a trained control: what its own routers, which carry its plan, say."""
+        model = weights.model
+        masks = [
+            model.plan(**_on(model, weights.pad([self.data.test[i] for i in batch]))).skip_plans
+            for batch in self.batches
+        ]
+        found: dict[int, torch.Tensor] = {}
+        for batch, plans in zip(self.batches, masks, strict=True):
+            found |= {i: plan.to_mask() for i, plan in zip(batch, plans, strict=True)}
+        return torch.stack([found[i] for i in range(len(found))])
+
+    def _plan_examples(self) -> list[Example]:
+        """The validation examples, some of each task, that plans are measured on."""
+        return [
+            example
+            for task in self.data.tasks
+            for example in [e for e in self.data.validation if e.task == task][
+                : self.effort.plan_examples
+            ]
+        ]
+
+    def _measured_plan(self, weights: _Weights, name: str, rate: float) -> list[bool]:
+        examples = self._plan_examples()
+        key = {
+            "what": name, "weights": weights.key, "rate": rate, "protected": weights.protected,
+            "examples": fingerprint(examples), "dtype": str(self.request.dtype),
+        }  # fmt: skip
+
+        def find() -> list[bool]:
+            with self._bar(f"{name} plan at {rate:g}", None) as update:
+                return rules.measured_plan(
+                    name, weights.model, examples, self.tokenizer, rate, update
+                )
+
+        return self._once(key, find)
+
+    def _static_plan(self, weights: _Weights, method: Method) -> list[bool]:
+        rate, examples = method.skip_rate_asked, self._plan_examples()
+        share = self._first_of(method).keep_share
+        plans = {
+            "most_kept": rules.controls.most_kept_plan(share, rate, weights.protected),
+            "greedy": self._measured_plan(weights, "greedy", rate),
+        }
+        key = {
+            "what": "static", "weights": weights.key, "rate": rate, "plans": plans,
+            "examples": fingerprint(examples), "dtype": str(self.request.dtype),
+        }  # fmt: skip
+        better = self._once(
+            key, lambda: rules.better_plan(plans, weights.model, examples, self.tokenizer)
+        )
+        self.notes[method.key].append(f"the better on validation examples: {better}")
+        return plans[better]
+
+    # ---- quality ----
+
+    def _key_of(self, weights: _Weights, method: Method) -> str:
+        return digest(
+            {
+                "weights": weights.key, "plans": _bits(self.plans[method.key]),
+                "test": self.prints["test"], **weights.quality_key,
+                "limits": self._limits(), "version": firstlm.__version__,
+            }
+        )  # fmt: skip
+
+    def _limits(self) -> dict[str, int]:
+        """Tokens of an answer, at most, by task."""
+        if self.effort.max_new_tokens is not None:
+            return dict.fromkeys(self.data.tasks, self.effort.max_new_tokens)
+        return {
+            task: max(len(e.answer_ids) for e in self.data.validation if e.task == task)
+            for task in self.data.tasks
+        }
+
+    def _measure(self, weights: _Weights, method: Method) -> None:
+        """The batches of this process that no file holds yet."""
+        store = self.store.examples(method.key, self._key_of(weights, method))
+        done = store.read()
+        self.state.wait_for_everyone()  # nobody writes before all have read
+        own = range(self.state.process_index, len(self.batches), self.state.num_processes)
+        missing = [number for number in own if number not in done]
+        store.begin()
+        with self._bar(f"{method.key}: batches", len(own)) as update:
+            update(len(own) - len(missing))
+            for number in missing:
+                batch = self.batches[number]
+                store.append(number, self._measure_batch(weights, method, batch))
+                update(1)
+
+    def _check_weights(self, weights: _Weights, group: Sequence[Method]) -> None:
+        """Self-checks on the first batch."""
+        examples = [self.data.test[i] for i in self.batches[0]]
+        same = {"weights": weights.key, "test": self.prints["test"], **weights.quality_key}
+
+        def skipping() -> str:
+            return checks.check_skipping_matters(
+                weights.path, examples, weights.protected, weights.num_layers
+            )
+
+        name = group[0].checkpoint or "base"
+        found = self._once({"what": "skipping", **same}, skipping)
+        self.checks[f"a plan without unprotected layers changes the loss, {name}"] = found
+        for method in group:
+            if (method.name, method.weights) != ("first", "first"):
+                continue
+            rate, keep = method.skip_rate_asked, self.plans[method.key][self.batches[0]]
+
+            def routed(method: Method = method, rate: float = rate, keep: Any = keep) -> str:
+                weights.use_thresholds(rate, self.first_plans[method].thresholds)
+                return checks.check_routed_plans(weights.path, examples, keep, rate)
+
+            found = self._once({"what": "routed", **same, "plans": _bits(keep)}, routed)
+            self.checks[f"the routers give the plans that are measured, {method.key}"] = found
+
+    def _measure_batch(
+        self, weights: _Weights, method: Method, batch: Sequence[int]
+    ) -> list[ExampleResult]:
+        examples = [self.data.test[i] for i in batch]
+        keep = self.plans[method.key][batch]
+        longest = max(len(e.prompt_ids) for e in examples)
+        limit = min(self._limits()[examples[0].task], self.positions - longest)
+        path = weights.path
+        with path.any_plan():
+            losses = path.losses(examples, {"skip_plan": mask_to_plans(keep)})
+            answers = path.counted_answers(examples, keep, max(limit, 1))
+        return [
+            ExampleResult(
+                example=example.id,
+                task=example.task,
+                prompt_tokens=len(example.prompt_ids),
+                kept=tuple(row.nonzero().flatten().tolist()),
+                layers_run=layers,
+                loss=loss,
+                tokens=tokens,
+                answer=answer,
+                reference=example.answer,
+            )
+            for example, row, (loss, tokens), (answer, layers) in zip(
+                examples, keep, losses, answers, strict=True
+            )
+        ]
+
+    # ---- latency ----
+
+    def _time(self, weights: _Weights, group: Sequence[Method]) -> None:
+        if not self.main:
+            return
+        chosen = timing.timed_prompts(self.effort.timing_prompts, len(self.data.test))
+        room = self.positions - self.effort.new_tokens
+        chosen = [i for i in chosen if len(self.data.test[i].prompt_ids) <= room]
+        if not chosen:
+            raise ValueError(
+                f"the model has {self.positions} positions: after the prompts there is no room for "
+                f"{self.effort.new_tokens} tokens; lower new_tokens"
+            )
+        arms = {
+            m.key: timing.arms_of(m.name, m.skip_rate_asked, self.plans[m.key], chosen)
+            if m.weights == "first"
+            else timing.arms_of("plan", m.skip_rate_asked, self.plans[m.key], chosen)
+            for m in group
+        }
+        key = {
+            "weights": weights.key, "test": self.prints["test"], "prompts": chosen,
+            "plans": {m.key: _bits(self.plans[m.key][chosen]) for m in group},
+            "engine": [self.request.timing_engine, self.request.precision, str(self.request.dtype)],
+            "threads": torch.get_num_threads() if self.threads is None else self.threads,
+            "effort": [self.effort.new_tokens, self.effort.repeats],
+            "cpu": figures.cpu_model(), "version": firstlm.__version__,
+        }  # fmt: skip
+        with self._bar(f"latency of {len(arms)} methods: prompts", len(chosen)) as update:
+            self.timings |= timing.time_methods(
+                weights.timing_path(group), [self.data.test[i] for i in chosen], arms,
+                weights.num_layers, new_tokens=self.effort.new_tokens,
+                repeats=self.effort.repeats,
+                folder=self.output / "timing" / digest(weights.key)[:16],
+                key=key, progress=update,
+            )  # fmt: skip
+
+    # ---- all of it ----
+
+    def _collect(self) -> Evaluation:
+        results = []
+        for method in self.methods:
+            weights = _Weights(self, method)
+            done = self.store.examples(method.key, self._key_of(weights, method)).read()
+            by_index = {
+                i: result
+                for number, batch in enumerate(self.batches)
+                for i, result in zip(batch, done[number], strict=True)
+            }
+            examples = [by_index[i] for i in range(len(self.data.test))]
+            results.append(
+                MethodResult(
+                    method, weights.num_layers, examples, self.timings.get(method.key),
+                    self.notes[method.key],
+                )
+            )  # fmt: skip
+        counted = sum(len(result.examples) for result in results)
+        self.checks["layer calls equal the plans"] = f"{counted} answers"
+        if self.timings:
+            tokens = self.effort.new_tokens
+            self.checks["tokens of every timed answer"] = str(tokens)
+        return Evaluation(self._settings(), results, self.checks)
+
+    def _settings(self) -> dict[str, Any]:
+        request = self.request
+        return {
+            "data": [str(source) for source in request.sources],
+            "tasks": self.data.tasks,
+            "examples": len(self.data.test),
+            "validation": len(self.data.validation),
+            "too_long": self.data.too_long,
+            "skip_rates": sorted({m.skip_rate_asked for m in self.methods if m.name == "first"}),
+            "engine": request.engine,
+            "precision": request.precision,
+            "dtype": None if request.dtype is None else str(request.dtype),
+            "timing_engine": request.timing_engine,
+            "max_new_tokens": self._limits(),
+            "effort": dataclasses.asdict(self.effort),
+            "seed": self.seed,
+        }
+
+    def _bar(self, what: str, total: int | None) -> Any:
+        return bar(what, total, self.show)
+
+
+class _Weights:
+    """The weights of a group of methods, loaded when they are first needed.
+
+    Attributes:
+        key: changes when the files do.
+        quality_key: what figures of quality depend on beside the plans.
+        thresholds: found ones, by rate.
+    """
+
+    def __init__(self, run: _Run, method: Method) -> None:
+        self._run, self._method = run, method
+        folder = method.checkpoint or next(m.checkpoint for m in run.methods if m.checkpoint)
+        assert folder is not None
+        self._folder, self._is_base = folder, method.weights == "base"
+        folders = source_folders(folder)
+        self.key = source_key(folders[1:] if self._is_base else folders)
+        config = read_router_config(Path(folder))
+        assert config.num_layers is not None
+        self.num_layers = config.num_layers
+        self._config = config.resolved(config.num_layers)
+        self.protected = self._config.protected
+        request = run.request
+        self.quality_key = {
+            "engine": request.engine,
+            "precision": request.precision if request.engine != "hf" else None,
+            "dtype": str(request.dtype),
+            "batch_size": run.effort.batch_size,
+            "prefill": config.prefill,
+        }
+        self.thresholds: dict[float, list[float]] = {}
+        self._model: Any = None
+        self._path: DecodePath | None = None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            options = {"adapter": False} if self._is_base else {"merge_adapter": True}
+            model = loading.from_pretrained(self._folder, dtype=self._run.request.dtype, **options)
+            self._model = model.to(self._run.state.device)
+        return self._model
+
+    @property
+    def path(self) -> DecodePath:
+        """What quality is measured on."""
+        if self._path is None:
+            request = self._run.request
+            model, is_hf = self.model, request.engine == "hf"
+            if not is_hf:
+                self._find_all_thresholds()
+            self._path = decode_paths.open_path(
+                model, self._run.tokenizer, request.engine,
+                None if is_hf else request.precision, None, self._run.threads, self._run.show,
+            )  # fmt: skip
+        return self._path
+
+    def timing_path(self, group: Sequence[Method]) -> DecodePath:
+        """What latency is measured on."""
+        request = self._run.request
+        kind = request.timing_engine
+        assert kind is not None
+        for rate, thresholds in self.thresholds.items():
+            self.use_thresholds(rate, thresholds)
+        if self._path is not None and self._path.facts["engine"] == "native" and kind != "hf":
+            return self._path
+        return decode_paths.open_path(
+            self.model, self._run.tokenizer, kind,
+            None if kind == "hf" else request.precision, None, self._run.threads, self._run.show,
+        )  # fmt: skip
+
+    def pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        from firstlm.data import pad_prompts
+
+        return pad_prompts([e.prompt_ids for e in examples], self._run.tokenizer)
+
+    def _find_all_thresholds(self) -> None:
+        """An engine keeps the thresholds that the model has when it is made."""
+        for method in self._run.methods:
+            own = method.checkpoint == self._method.checkpoint
+            if own and (method.name, method.weights) == ("first", "first"):
+                self.use_thresholds(method.skip_rate_asked, None)
+
+    def use_thresholds(self, rate: float, found: list[float] | None) -> list[float]:
+        """Makes `budget=rate` mean thresholds of that rate: found ones, the checkpoint's own, or
+        new ones from validation examples."""
+        model = self.model
+        known = found or self.thresholds.get(rate) or self._config.calibration.get(rate_key(rate))
+        if known is None:
+            prompts = [example.prompt_ids for example in self._run.data.validation]
+            with self._run._bar(f"thresholds for {rate:g}: prompts", None) as update:
+                known = calibrate_thresholds(model, prompts, [rate], prompts_done=update)[
+                    rate_key(rate)
+                ]
+        known = list(known)
+        for layer in self.protected:  # so that they are kept where any plan is allowed, too
+            known[layer] = 0.0
+        self.thresholds[rate] = known
+        config = model.router_config
+        model.router_config = dataclasses.replace(
+            config, calibration={**config.calibration, rate_key(rate): known}
+        )
+        return known
+
+
+def _groups(methods: Sequence[Method]) -> list[list[Method]]:
+    """Methods that share weights, in order of appearance."""
+    found: dict[tuple[bool, str | None], list[Method]] = {}
+    for method in methods:
+        found.setdefault((method.weights == "base", method.checkpoint), []).append(method)
+    # FiRST's own plans make those of other groups.
+    return sorted(found.values(), key=lambda group: all(m.name != "first" for m in group))
+
+
+def _bits(mask: torch.Tensor) -> list[str]:
+    """A keep mask [N, L] as short text."""
+    return ["".join("1" if kept else "0" for kept in row) for row in mask.tolist()]
+
+
+def _mask(bits: Sequence[str]) -> torch.Tensor:
+    return torch.tensor([[bit == "1" for bit in row] for row in bits])
+
+
+def _on(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -1,0 +1,344 @@
+"""firstlm evaluate: all methods on the same examples, resumable, split over processes, checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import firstlm
+from evaluation_once import run
+from firstlm import cli, decode_paths
+from firstlm.adapter import attach_adapter
+from firstlm.controls import write_plan_into_routers
+from firstlm.evaluation import checks, store
+from firstlm.evaluation import run as evaluation_run
+from firstlm.evaluation.files import read_evaluation
+from firstlm.evaluation.methods import CONTROLS, length_plans
+from firstlm.evaluation.records import Evaluation
+from firstlm.health import derangement
+from firstlm.router import RouterConfig
+from firstlm.train_config import LoraPhaseConfig
+from tiny_gguf import draw_routers, tiny_model_folder
+
+LAYERS = 6
+RATE = 0.34  # two of six layers
+WORDS = ["package", "library", "shell", "compiler", "for", "a", "small", "system", "with", "tools"]
+
+
+def save_checkpoint(base: Path, folder: Path, seed: int, keep: list[bool] | None = None) -> Path:
+    """A checkpoint with an adapter that matters: routers that disagree, or one plan for all."""
+    model = firstlm.from_pretrained(base, router=RouterConfig(protected=[0]))
+    if keep is None:
+        draw_routers(model, seed)
+    else:
+        write_plan_into_routers(model, keep)
+    attach_adapter(model, LoraPhaseConfig(rank=2), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder / "checkpoint")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "checkpoint")
+    rate = 0.0 if keep is None else 1 - sum(keep) / LAYERS
+    (folder / "checkpoint" / "health.json").write_text(json.dumps({"skip_rate_asked": rate}))
+    phases = [{"name": "lora", "steps": 7}, {"name": "routers", "steps": 5}]
+    (folder / "result.json").write_text(json.dumps({"phases": phases}))
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("evaluation")
+    base = tiny_model_folder(root / "base", layers=LAYERS)
+    return {
+        "first": save_checkpoint(base, root / "first", seed=1),
+        "second": save_checkpoint(base, root / "second", seed=2),
+        "static": save_checkpoint(base, root / "static", 3, [True, True, False, True, False, True]),
+        "lora_only": save_checkpoint(base, root / "lora", 4, [True] * LAYERS),
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Two tasks, a file each."""
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for task in ("one", "two"):
+        lines = []
+        for _ in range(40):
+            count = int(torch.randint(1, 7, (1,), generator=generator))
+            picks = torch.randint(len(WORDS), (count + 1,), generator=generator).tolist()
+            prompt = " ".join(WORDS[i] for i in picks[1:])
+            lines.append(json.dumps({"prompt": f"{task} {prompt}", "answer": WORDS[picks[0]]}))
+        (root / f"{task}.jsonl").write_text("\n".join(lines))
+    return [str(root / "one.jsonl"), str(root / "two.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(folders, data, tmp_path_factory) -> tuple[Evaluation, Path]:
+    """An uninterrupted evaluation with everything, and its folder."""
+    output = tmp_path_factory.mktemp("whole")
+    trained = {name: str(folders[name]) for name in ("static", "lora_only")}
+    found = run(
+        [folders["first"], folders["second"]], data, output, trained=trained,
+        timing_engine="native", precision="float32",
+    )  # fmt: skip
+    return found, output
+
+
+def by_key(evaluation: Evaluation) -> dict[str, Any]:
+    return {result.method.key: result for result in evaluation.methods}
+
+
+def masks_of(result) -> torch.Tensor:
+    return torch.tensor([[i in e.kept for i in range(LAYERS)] for e in result.examples])
+
+
+def test_every_method_is_measured_on_the_same_examples(whole) -> None:
+    evaluation, output = whole
+    found = by_key(evaluation)
+    rate = f"{RATE:.4g}"
+    for name in CONTROLS:
+        for weights in ("first", "base"):
+            if name in ("base", "lora_only"):
+                continue
+            for seed in range(2 if weights == "first" else 1):
+                assert f"{name}-{weights}-{rate}-seed{seed}" in found
+    assert {"base-base-0-seed0", "lora_only-first-0-seed1", "lora_only-trained-0-seed0"} <= set(
+        found
+    )
+    assert f"static-trained-{rate}-seed0" in found
+    names = [(e.example, e.task, e.reference) for e in evaluation.methods[0].examples]
+    assert len(names) == 22 and [task for _, task, _ in names] == ["one"] * 11 + ["two"] * 11
+    for result in evaluation.methods:
+        assert [(e.example, e.task, e.reference) for e in result.examples] == names
+        assert all(e.layers_run == len(e.kept) and e.loss > 0 for e in result.examples)
+    lines = (output / "examples.jsonl").read_text().splitlines()
+    assert len(lines) == 22 * len(found)
+    assert read_evaluation(output) == evaluation
+    assert (output / "report.md").is_file() and (output / "report.html").is_file()
+
+
+def test_plans_are_those_of_their_rules(whole, folders) -> None:
+    evaluation, _ = whole
+    found = by_key(evaluation)
+    rate = f"{RATE:.4g}"
+    for seed in (0, 1):
+        first = masks_of(found[f"first-first-{rate}-seed{seed}"])
+        assert len({tuple(row) for row in first.tolist()}) > 1
+        assert 1 - first.double().mean() == pytest.approx(RATE, abs=0.1)
+        shuffled = masks_of(found[f"shuffled-first-{rate}-seed{seed}"])
+        assert torch.equal(shuffled, first[derangement(22, seed)])
+        within = masks_of(found[f"shuffled_in_task-first-{rate}-seed{seed}"])
+        for part in (slice(0, 11), slice(11, 22)):
+            assert sorted(within[part].tolist()) == sorted(first[part].tolist())
+    exits = masks_of(found[f"early_exit-base-{rate}-seed0"])
+    assert exits.tolist() == [[True] * 4 + [False] * 2] * 22
+    trained = masks_of(found[f"static-trained-{rate}-seed0"])
+    assert trained.tolist() == [[True, True, False, True, False, True]] * 22
+    for name in ("greedy", "static", "most_kept", "random", "uniform", "block_influence"):
+        for weights in ("first", "base"):
+            mask = masks_of(found[f"{name}-{weights}-{rate}-seed0"])
+            assert len({tuple(row) for row in mask.tolist()}) == 1
+            assert mask[0].sum() == 4 and mask[0, 0]
+    static, note = found[f"static-first-{rate}-seed0"], found[f"static-first-{rate}-seed0"].notes[0]
+    better = found[f"{note.rpartition(' ')[2]}-first-{rate}-seed0"]
+    assert [e.kept for e in static.examples] == [e.kept for e in better.examples]
+    draws = [masks_of(found[f"random-base-{rate}-seed{seed}"])[0] for seed in range(4)]
+    assert len({tuple(draw.tolist()) for draw in draws}) > 1
+    assert not any("greedy" in key and "trained" in key for key in found)
+
+
+def test_length_plans_know_the_length_alone() -> None:
+    plans = torch.tensor([[True, True, False]] * 20 + [[True, False, True]] * 20)
+    found = length_plans(plans, [5] * 20 + [50] * 20, [4, 60, 5])
+    assert found.tolist() == [[True, True, False], [True, False, True], [True, True, False]]
+
+
+def test_losses_and_answers_are_those_of_single_prompts(whole, folders, data, tmp_path) -> None:
+    """Batches, and the engine, which runs prompts one by one, give the same."""
+    evaluation, _ = whole
+    names = ("shuffled", "early_exit")
+    options = {"controls": names, "weights": ("first",)}
+    alone = run(folders["first"], data, tmp_path / "1", effort={"batch_size": 1}, **options)
+    native = run(
+        folders["first"], data, tmp_path / "2", engine="native", precision="float32", **options
+    )
+    expected = by_key(evaluation)
+    for other in (alone, native):
+        for result in other.methods:
+            own = expected[result.method.key].examples
+            assert [e.kept for e in result.examples] == [e.kept for e in own]
+            assert [e.answer for e in result.examples] == [e.answer for e in own]
+            losses = [torch.tensor([e.loss for e in part]) for part in (result.examples, own)]
+            torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+def test_latency_is_measured_beside_the_full_model(whole) -> None:
+    evaluation, _ = whole
+    for result in evaluation.methods:
+        timing = result.timing
+        assert timing is not None and (timing.engine, timing.precision) == ("native", "float32")
+        assert len(timing.tpot_ms) == len(timing.full_ttft_ms) == 2 * 2 and min(timing.tpot_ms) > 0
+        kept = result.examples[0].kept
+        if result.method.name in ("base", "lora_only"):
+            assert timing.ideal_speedup == 1.0 and timing.kv_bytes == timing.full_kv_bytes
+        elif result.method.name in ("uniform", "early_exit"):
+            assert timing.ideal_speedup > 1.1
+            shares = [a / b for a, b in zip(timing.kv_bytes, timing.full_kv_bytes, strict=True)]
+            assert shares == [len(kept) / LAYERS] * 2
+    assert evaluation.checks["tokens of every timed answer"] == "4"
+    assert "12 steps" in evaluation.checks["optimizer steps"]
+
+
+class Stop(Exception):
+    """In the place of a kill."""
+
+
+def test_killed_and_restarted_it_measures_nothing_twice(
+    whole, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, int]] = []
+    left = [0]
+    append = store.MethodStore.append
+
+    def counted(self, batch, examples):
+        if left[0] == 0:
+            with open(self._own, "a") as file:  # a line that a kill has cut short
+                file.write('{"batch": 0, "examples": [{"exa')
+            raise Stop
+        left[0] -= 1
+        measured.append((self._method, batch))
+        append(self, batch, examples)
+
+    monkeypatch.setattr(store.MethodStore, "append", counted)
+    names = ("shuffled", "static", "uniform")
+    options = {"controls": names, "weights": ("first",)}
+    for budget in (0, 3, 2, 11):
+        left[0] = budget
+        with pytest.raises(Stop):
+            run(folders["first"], data, tmp_path, **options)
+    left[0] = 1000
+    found = run(folders["first"], data, tmp_path, **options)
+    assert len(measured) == len(set(measured)) == 4 * 8
+    expected = by_key(whole[0])
+    for result in found.methods:
+        assert result.examples == expected[result.method.key].examples
+    # All is there: no model is loaded again. What changes is measured anew.
+    monkeypatch.setattr(evaluation_run.loading, "from_pretrained", None)
+    assert run(folders["first"], data, tmp_path, **options) == found
+    monkeypatch.undo()
+    changed = run(folders["first"], data, tmp_path, effort={"max_new_tokens": 2}, **options)
+    assert [e.loss for e in changed.methods[0].examples] == [
+        e.loss for e in found.methods[0].examples
+    ]
+    assert changed.methods[0].examples != found.methods[0].examples
+
+
+def test_two_processes_measure_what_one_does(whole, folders, data, tmp_path) -> None:
+    script = Path(__file__).parent / "evaluation_once.py"
+    sources = tmp_path / "data"
+    sources.mkdir()
+    file = shutil.copy(data[0], sources / "one.jsonl")
+    python = os.pathsep.join([str(Path(firstlm.__file__).parents[1]), str(script.parent)])
+    environment = os.environ | {"PYTHONPATH": python, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    outputs = [tmp_path / "two", tmp_path / "one"]
+    for command, output in zip((torchrun, [sys.executable]), outputs, strict=True):
+        command = [*command, str(script), str(folders["first"]), str(file), str(output)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    ranks = {path.name.split(".")[-2] for path in (outputs[0] / "examples").iterdir()}
+    assert ranks == {"rank0", "rank1"}
+    two, one = (read_evaluation(output) for output in outputs)
+    assert two == one
+
+
+def test_a_plan_that_is_not_followed_raises(folders, data, tmp_path, monkeypatch) -> None:
+    options = {"controls": ("uniform",), "weights": ("first",)}
+    model_class = type(firstlm.from_pretrained(folders["first"]))
+    generate = model_class.generate
+
+    def other_plan(self, *args, **kwargs):
+        keep = kwargs["skip_plan"][0].to_mask()
+        keep[int((~keep).nonzero()[0])] = True
+        kwargs["skip_plan"] = [firstlm.SkipPlan.from_mask(keep), *kwargs["skip_plan"][1:]]
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(model_class, "generate", other_plan)
+    with pytest.raises(decode_paths.PlanNotFollowed, match="rows in"):
+        run(folders["first"], data, tmp_path / "1", **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(decode_paths.HfPath, "_mask", lambda self, plan, rows: None)
+    with pytest.raises(checks.CheckFailed, match="do not reach the model"):
+        run(folders["first"], data, tmp_path / "2", **options)
+
+
+def test_a_control_of_other_steps_is_refused(folders, data, tmp_path) -> None:
+    copy = shutil.copytree(folders["static"].parent, tmp_path / "static")
+    (copy / "result.json").write_text(json.dumps({"phases": [{"steps": 11}]}))
+    with pytest.raises(checks.CheckFailed, match="11 optimizer steps and FiRST for 12"):
+        run(folders["first"], data, tmp_path / "out", trained={"static": copy / "checkpoint"})
+    (copy / "result.json").unlink()
+    text = checks.check_steps(str(folders["first"]), {"static": str(copy / "checkpoint")})
+    assert text == "12 steps; unknown of static"
+    assert checks.check_steps(str(copy / "checkpoint"), {}).startswith("unknown")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"controls": ["unifrom"]}, "unknown control 'unifrom'"),
+        ({"weights": ["mine"]}, "first or base"),
+        ({"skip_rates": [0.95]}, "cannot be reached"),
+        ({"skip_rates": None}, "does not say for which skip rate"),
+        ({"skip_rates": [0.0, 0.3]}, "holds 0"),
+        ({"engine": "fast"}, "engine must be"),
+        ({"precision": "int8"}, "none is used"),
+        ({"trained": {"static": "nowhere"}}, "nowhere is no folder of a checkpoint"),
+        ({"trained": {"stat": "nowhere"}}, "no control"),
+        ({"skip_rates": [0.7], "trained": {"static": "static"}}, "was trained for a skip rate"),
+        ({"data": []}, "no task"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    folders, data, tmp_path, monkeypatch, changes, message
+) -> None:
+    monkeypatch.setattr(evaluation_run, "load_evaluation_data", None)
+    if changes.get("trained") == {"static": "static"}:
+        changes = changes | {"trained": {"static": folders["static"]}}
+    sources = changes.pop("data") if "data" in changes else data
+    with pytest.raises(ValueError, match=message):
+        run(folders["first"], sources, tmp_path, **changes)
+
+
+def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:
+    def command(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["firstlm", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    own = ["-c", folders["first"], "--data", data[0], "--skip-rates", RATE, "-o", tmp_path / "out"]
+    effort = ["--examples", 6, "--validation", 8, "--timing-prompts", 1, "--repeats", 1,
+              "--new-tokens", 3, "-n", 4, "--max-length", 100, "--threads", 1]  # fmt: skip
+    rivals = ["--trained", f"static={folders['static']}", "--controls", "lora_only,uniform"]
+    assert command(*own, *effort, *rivals) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() == (tmp_path / "out" / "report.md").read_text().strip()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["method"] for row in results["rows"]} == {"first", "lora_only", "uniform", "static"}
+    assert results["settings"]["examples"] == 6 and results["machine"] and results["versions"]
+    assert command(*own, "--controls", "nothing") == 1
+    assert "unknown control 'nothing'" in capsys.readouterr().err
+    assert command(*own, "--trained", "static") == 2
