@@ -15,6 +15,7 @@ from firstlm.evaluation import oracle, oracle_text
 from firstlm.evaluation.oracle import OracleSettings, analyse, measure, run_oracle
 from firstlm.evaluation.oracle_bounds import (
     PlanLosses,
+    agreement_of_halves,
     best_per_task,
     best_single,
     chosen_plans,
@@ -68,6 +69,20 @@ def test_a_half_chooses_what_the_other_pays():
     # Row 1: the one token has no other half and takes the single plan.
     assert paid_by_halves(report, single=0).tolist() == [10.0, 5.0]
     assert paid_by_halves(report, single=1).tolist() == [10.0, 4.0]
+
+
+def test_halves_agree_where_the_prompt_decides_and_not_by_chance():
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.full((200, 2), 2.0).double()
+    tasks = ["a" if i < 100 else "b" for i in range(200)]
+    chance = torch.randn(200, 5, 2, generator=generator).double()
+    of_task = torch.randn(2, 5, 1, generator=generator).double().repeat_interleave(100, 0) * 9
+    assert abs(agreement_of_halves(PlanLosses(chance + of_task, tokens, tasks))) < 0.1
+    own = torch.randn(200, 5, 1, generator=generator).double()
+    assert agreement_of_halves(PlanLosses(own + chance, tokens, tasks)) == pytest.approx(
+        0.5, abs=0.1
+    )
+    assert agreement_of_halves(PlanLosses(own.repeat(1, 1, 2), tokens, tasks)) == pytest.approx(1)
 
 
 def test_the_ridge_finds_what_features_know_and_nothing_in_noise():

@@ -27,6 +27,7 @@ from firstlm.engine.source import source_folders, source_key
 from firstlm.evaluation import oracle_text
 from firstlm.evaluation.oracle_bounds import (
     PlanLosses,
+    agreement_of_halves,
     best_per_task,
     best_single,
     chosen_plans,
@@ -240,6 +241,7 @@ def analyse(measured: Measured, seed: int) -> dict[str, Any]:
         "best_single": str(measured.plans[single]),
         "best_per_task": {t: str(measured.plans[i]) for t, i in best_per_task(choosing).items()},
         "predictors": quality,
+        "agreement_of_halves": agreement_of_halves(report),
         "ways": ways,
     }
 
@@ -359,9 +361,10 @@ def _half_losses(
 ) -> torch.Tensor:
     """Summed loss of every answer's tokens at even and at odd places, under mask [N, L]: [N, 2]."""
     found = torch.zeros(len(rows), 2, dtype=torch.float64)
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    # Answers that begin at like places: the head is spared the places between them.
+    order = sorted(range(len(rows)), key=lambda i: sum(rows[i]["prompt_mask"]))
     for start in range(0, len(rows), batch_size):
-        chosen = by_length[start : start + batch_size]
+        chosen = order[start : start + batch_size]
         batch = {k: v.to(model.device) for k, v in collator([rows[i] for i in chosen]).items()}
         labels = batch.pop("labels")  # [B, T]
         positions = answer_positions(labels)

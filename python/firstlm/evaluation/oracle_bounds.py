@@ -84,9 +84,49 @@ def chosen_plans(
         predicted, strength = cross_validated_ridge(known, relative, new, seed)
         chosen[name] = predicted.argmin(1)
         truth = _centred(report.per_token()) - relative.mean(0)
-        error = (truth - (predicted - relative.mean(0))).square().sum()
-        quality[name] = {"strength": strength, "r2": float(1 - error / truth.square().sum())}
+        found = predicted - relative.mean(0)
+        within = [_without_task_means(values, report) for values in (truth, found)]
+        quality[name] = {
+            "strength": strength,
+            "r2": _r_squared(truth, found),
+            "r2_within_tasks": _r_squared(*within),
+        }
     return chosen, quality
+
+
+def _r_squared(truth: torch.Tensor, found: torch.Tensor) -> float:
+    total = float(truth.square().sum())
+    return 1 - float((truth - found).square().sum()) / total if total else 0.0
+
+
+def _without_task_means(values: torch.Tensor, losses: PlanLosses) -> torch.Tensor:
+    """[N, C] minus each plan's mean over the prompt's task."""
+    found = values.clone()
+    for task in set(losses.tasks):
+        rows = losses.rows_of(task)
+        found[rows] -= values[rows].mean(0)
+    return found
+
+
+def agreement_of_halves(report: PlanLosses) -> float:
+    """How alike both halves of a prompt's tokens prefer plans beyond its task: a correlation.
+
+    Chance in single tokens is not shared by the halves, so this is how much of the differences
+    between prompts of a task is a property of the prompt. 2r / (1 + r) is the same for all tokens,
+    which no predictor's `r2_within_tasks` exceeds but by luck.
+    """
+    both = (report.tokens > 0).all(1)
+    some = PlanLosses(
+        report.halves[both],
+        report.tokens[both],
+        [task for task, one in zip(report.tasks, both.tolist(), strict=True) if one],
+    )
+    even, odd = (
+        _without_task_means(_centred(some.halves[:, :, h] / some.tokens[:, h, None]), some)
+        for h in (0, 1)
+    )
+    scale = float(even.norm() * odd.norm())
+    return float((even * odd).sum()) / scale if scale else 0.0
 
 
 def _centred(values: torch.Tensor) -> torch.Tensor:
@@ -103,7 +143,8 @@ def paid_by_halves(report: PlanLosses, single: int) -> torch.Tensor:
     """Summed loss [N] where half of a prompt's tokens choose the plan that the other half pays.
 
     Unlike the bound this has no luck in it: what one half prefers by chance does not help the
-    other. An answer of one token has no other half and takes `single`.
+    other. It is too low where a half has too few tokens to tell. An answer of one token has no
+    other half and takes `single`.
     """
     total = torch.zeros(len(report.tasks), dtype=torch.float64)
     for half in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,28 +69,44 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"- The best single plan costs {cost:.3f} nats more than skipping nothing; choosing in "
         f"hindsight for each prompt would win back {bound:.3f}."
     ]
-    for name in ("per_task", "predicted_from_length", "predicted", "per_prompt_by_halves"):
+    for name, words in _CHOSEN.items():
         difference = ways[name]["all"]["minus.single"]
-        low, high = difference["ci95"]
-        verdict = "wins" if high < 0 else "loses" if low > 0 else "is not told apart from it by"
-        share = f" ({-difference['mean'] / bound:.0%} of the bound)" if bound > 0 else ""
-        found.append(
-            f"- Against the best single plan, the plan {_short(name)} {verdict} "
-            f"{abs(difference['mean']):.3f}{share}."
-        )
-    within = ways["predicted"]["all"]["minus.per_task"]
-    low, high = within["ci95"]
-    verdict = "wins" if high < 0 else "loses" if low > 0 else "is not told apart from it by"
+        won = max(-difference["mean"], 0.0)
+        share = f", {won / bound:.0%} of that" if bound > 0 and difference["ci95"][1] < 0 else ""
+        found.append(f"- {words}: {_verdict(difference, 'the best single plan')}{share}.")
     found.append(
-        f"- Against the best plan of each task, the predicted one {verdict} "
-        f"{abs(within['mean']):.3f}: what knowing the prompt adds to knowing its task."
+        "- What knowing the prompt adds to knowing its task: the predicted plan "
+        f"{_verdict(ways['predicted']['all']['minus.per_task'], 'the best plan of each task')}."
     )
-    r2 = record["predictors"]["predicted"]["r2"]
+    quality = record["predictors"]["predicted"]
+    half = max(record["agreement_of_halves"], 0.0)
     found.append(
-        f"- The features foresee {max(r2, 0):.1%} of the variance of which plan suits a prompt "
-        "better than it suits the others (R² on the reported prompts)."
+        "- The features foresee "
+        f"{max(quality['r2'], 0):.1%} of the variance of how much better or worse than the average "
+        f"candidate each plan is for a prompt, and {max(quality['r2_within_tasks'], 0):.1%} within "
+        f"tasks (R² on the test prompts). The two halves of an answer's tokens agree with r = "
+        f"{record['agreement_of_halves']:.2f}, so that about {2 * half / (1 + half):.0%} of the "
+        "latter is the prompt's and could be foreseen at all."
     )
     return found
+
+
+_CHOSEN = {
+    "per_task": "A plan a task",
+    "predicted_from_length": "Plans predicted from the prompt's length",
+    "predicted": "Plans predicted from the routers' features",
+    "per_prompt_by_halves": "A prompt's own plan without luck (chosen by half of its tokens)",
+}
+
+
+def _verdict(difference: Mapping[str, Any], rival: str) -> str:
+    low, high = difference["ci95"]
+    size = f"{abs(difference['mean']):.3f}"
+    if high < 0:
+        return f"{size} better than {rival}"
+    if low > 0:
+        return f"{size} worse than {rival}"
+    return f"not told apart from {rival} ({difference['mean']:+.3f})"
 
 
 def plot(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
@@ -98,7 +115,7 @@ def plot(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     names = [name for name in WAYS if name not in ("full", "single")]
     groups = [name for name in ways["single"] if name != "distinct_plans"]
     with plots.style():
-        figure = plots.new_figure(3.2 + 2.6 * len(groups), 3.4)
+        figure = plots.new_figure(3.2 + 2.6 * len(groups), 4.2)
         axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         for axis, group in zip(axes, groups, strict=True):
             for row, name in enumerate(reversed(names)):
@@ -108,19 +125,13 @@ def plot(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
                 axis.plot([difference["mean"]], [row], "o", color=color, markersize=4)
             axis.axvline(0, color=plots.MUTED, linewidth=0.8)
             axis.set(title=group, xlabel="CE minus best single plan's")
-        axes[0].set_yticks(range(len(names)), [WAYS[name].split(", ")[0] for name in names[::-1]])
+        axes[0].set_yticks(
+            range(len(names)),
+            [textwrap.fill(WAYS[name].partition(" (")[0], 36) for name in names[::-1]],
+        )
         return plots.write_png(figure, path)
 
 
 def _difference(value: Mapping[str, Any]) -> str:
     low, high = value["ci95"]
     return f"{value['mean']:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def _short(name: str) -> str:
-    return {
-        "per_task": "of the task",
-        "predicted": "predicted from the routers' features",
-        "predicted_from_length": "predicted from the length",
-        "per_prompt_by_halves": "chosen by half of a prompt's own tokens",
-    }[name]
