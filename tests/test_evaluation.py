@@ -122,7 +122,13 @@ def test_every_method_is_measured_on_the_same_examples(whole) -> None:
     assert len(names) == 22 and [task for _, task, _ in names] == ["one"] * 11 + ["two"] * 11
     for result in evaluation.methods:
         assert [(e.example, e.task, e.reference) for e in result.examples] == names
-        assert all(e.layers_run == len(e.kept) and e.loss > 0 for e in result.examples)
+        assert all(e.loss > 0 for e in result.examples)
+        if result.method.name == "early_exit_confidence":
+            layers = [e.layers_run for e in result.examples]
+            assert len(set(layers)) > 1 and all(1 <= count <= LAYERS for count in layers)
+            assert result.notes and result.timing is None
+            continue
+        assert all(e.layers_run == len(e.kept) for e in result.examples)
     lines = (output / "examples.jsonl").read_text().splitlines()
     assert len(lines) == 22 * len(found)
     assert read_evaluation(output) == evaluation
@@ -168,7 +174,7 @@ def test_length_plans_know_the_length_alone() -> None:
 def test_losses_and_answers_are_those_of_single_prompts(whole, folders, data, tmp_path) -> None:
     """Batches, and the engine, which runs prompts one by one, give the same."""
     evaluation, _ = whole
-    names = ("shuffled", "early_exit")
+    names = ("shuffled", "early_exit", "early_exit_confidence")
     options = {"controls": names, "weights": ("first",)}
     alone = run(folders["first"], data, tmp_path / "1", effort={"batch_size": 1}, **options)
     native = run(
@@ -188,6 +194,8 @@ def test_latency_is_measured_beside_the_full_model(whole) -> None:
     evaluation, _ = whole
     for result in evaluation.methods:
         timing = result.timing
+        if result.method.name == "early_exit_confidence":
+            continue
         assert timing is not None and (timing.engine, timing.precision) == ("native", "float32")
         assert len(timing.tpot_ms) == len(timing.full_ttft_ms) == 2 * 2 and min(timing.tpot_ms) > 0
         kept = result.examples[0].kept
@@ -222,7 +230,7 @@ def test_killed_and_restarted_it_measures_nothing_twice(
         append(self, batch, examples)
 
     monkeypatch.setattr(store.MethodStore, "append", counted)
-    names = ("shuffled", "static", "uniform")
+    names = ("shuffled", "static", "early_exit_confidence")
     options = {"controls": names, "weights": ("first",)}
     for budget in (0, 3, 2, 11):
         left[0] = budget
@@ -339,6 +347,15 @@ def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["method"] for row in results["rows"]} == {"first", "lora_only", "uniform", "static"}
     assert results["settings"]["examples"] == 6 and results["machine"] and results["versions"]
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for split in ("validation", "test"):
+        shutil.copy(data[0], splits / f"{split}.jsonl")
+    oracle = ["--oracle", "--candidates", 4, "--plan-examples", 4, "--max-length", 100]
+    own[3] = splits
+    assert command(*own, "--examples", 6, "--validation", 6, *oracle) == 0
+    folder = tmp_path / "out" / f"oracle-{RATE:g}"
+    assert capsys.readouterr().out.strip() == (folder / "oracle.md").read_text().strip()
     assert command(*own, "--controls", "nothing") == 1
     assert "unknown control 'nothing'" in capsys.readouterr().err
     assert command(*own, "--trained", "static") == 2

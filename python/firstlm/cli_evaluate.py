@@ -132,6 +132,16 @@ def evaluate(
     messages_column: Annotated[
         str | None, _option("--messages-column", help="Of chat data.")
     ] = None,
+    oracle: Annotated[
+        bool,
+        _option(
+            "--oracle",
+            help="Instead: how much there is to win by choosing layers per prompt, at each rate.",
+        ),
+    ] = False,
+    candidates: Annotated[
+        int | None, _option("--candidates", min=2, help="Plans that --oracle tries; default: 48.")
+    ] = None,
     seed: Annotated[int, _option("--seed", help="Of examples, shuffling and random plans.")] = 0,
     as_json: Annotated[bool, _option("--json", help="The rows on stdout, as JSON.")] = False,
 ) -> None:
@@ -155,6 +165,13 @@ def evaluate(
         rivals.setdefault(name, []).append(_folders(rest, "--trained"))
     rates = None if skip_rates is None else cli_input.numbers(skip_rates, "--skip-rates")
     cli_input.quiet_libraries()
+    if oracle:
+        _oracle(first, data, rates, output, dtype, {
+            "candidates": candidates, "choosing": validation, "reported": examples,
+            "importance_prompts": plan_examples, "max_length": max_length,
+            "batch_size": batch_size, "seed": seed,
+        })  # fmt: skip
+        return
     from firstlm.evaluation import files
     from firstlm.evaluation.methods import CONTROLS, DEFAULT_CONTROLS
     from firstlm.evaluation.run import Effort
@@ -187,6 +204,30 @@ def evaluate(
     written = "results.json" if as_json else "report.md"
     typer.echo((output / written).read_text(encoding="utf-8").rstrip())
     cli_input.note(f"{output}: {files.RESULTS}, {files.EXAMPLES}, report.md, report.html")
+
+
+def _oracle(
+    first: dict[float | None, list[str]],
+    data: list[str],
+    rates: list[float] | None,
+    output: Path,
+    dtype: str | None,
+    given: dict[str, Any],
+) -> None:
+    """One oracle a rate, in a folder of its own."""
+    import sys
+
+    from firstlm.evaluation import methods
+    from firstlm.evaluation.oracle import OracleSettings, run_oracle
+
+    methods.check_folders(first, "--checkpoint")
+    settings = {name: value for name, value in given.items() if value is not None}
+    for rate in methods.rates_of(first, rates):
+        folder = (first.get(rate) or first[None])[0]
+        own = output / f"oracle-{rate:g}"
+        chosen = OracleSettings(rate, **settings)
+        run_oracle(folder, data, own, chosen, dtype=dtype, progress=sys.stderr.isatty())
+        typer.echo((own / "oracle.md").read_text(encoding="utf-8").rstrip())
 
 
 def _folders(text: str, option: str) -> dict[float | None, list[str]]:

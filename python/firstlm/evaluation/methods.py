@@ -12,6 +12,8 @@ static               the better of these two on validation examples
 random, uniform, block_influence, first_layers, last_layers
                      of controls.py; the last two drop the first or last unprotected layers
 early_exit           the first layers alone, protected or not
+early_exit_confidence
+                     every token leaves where it is predicted surely enough, see early_exit.py
 
 Every rule sees validation examples only. Letters: N examples, L layers.
 """
@@ -40,7 +42,8 @@ UNSKIPPED = ("base", "lora_only")
 FROM_FIRST = ("shuffled", "shuffled_in_task", "length", "most_kept")
 MEASURED = ("greedy", "static", "block_influence")
 BY_POSITION = ("random", "uniform", "first_layers", "last_layers", "early_exit")
-CONTROLS = (*UNSKIPPED, *FROM_FIRST, *MEASURED, *BY_POSITION)
+CONFIDENT_EXIT = "early_exit_confidence"
+CONTROLS = (*UNSKIPPED, *FROM_FIRST, *MEASURED, *BY_POSITION, CONFIDENT_EXIT)
 DEFAULT_CONTROLS = ("base", "lora_only", "shuffled", "static", "random", "uniform")
 WEIGHTS = ("first", "base")
 _NEIGHBOURS = 15  # validation prompts of like length that vote on a plan

@@ -23,15 +23,16 @@ import firstlm
 from firstlm import decode_paths, figures, loading
 from firstlm.budget import calibrate_thresholds, rate_key
 from firstlm.checkpoint import read_router_config
+from firstlm.data import PromptAnswerCollator
 from firstlm.decode_paths import DecodePath
 from firstlm.engine.source import source_folders, source_key
-from firstlm.evaluation import checks, timing
+from firstlm.evaluation import checks, early_exit, timing
 from firstlm.evaluation import methods as rules
 from firstlm.evaluation.data import EvaluationData, fingerprint, load_evaluation_data
 from firstlm.evaluation.methods import FirstPlans
 from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult, Timing
 from firstlm.evaluation.store import Store, digest
-from firstlm.held_out import Example
+from firstlm.held_out import Example, rows_of
 from firstlm.skip_plan import mask_to_plans
 from firstlm.tokenizer import load_tokenizer
 from firstlm.train_progress import bar
@@ -221,6 +222,7 @@ class _Run:
         self.store = Store(output, self.state.process_index)
         self.first_plans: dict[Method, FirstPlans] = {}
         self.plans: dict[str, torch.Tensor] = {}
+        self.exits: dict[str, float] = {}  # thresholds of early exits by confidence
         self.timings: dict[str, Timing] = {}
         self.notes: dict[str, list[str]] = {method.key: [] for method in methods}
         self.checks: dict[str, str] = {}
@@ -343,7 +345,10 @@ class _Run:
         """Keep mask [N, L] of a method on the test examples."""
         name, rate, count = method.name, method.skip_rate_asked, len(self.data.test)
         num_layers, protected = weights.num_layers, weights.protected
-        if name in rules.UNSKIPPED:
+        if name == rules.CONFIDENT_EXIT:
+            self.exits[method.key] = self._exit_threshold(weights, rate)
+            self.notes[method.key].append(early_exit.NOTE)
+        if name in (*rules.UNSKIPPED, rules.CONFIDENT_EXIT):
             return torch.ones(count, num_layers, dtype=torch.bool)
         if method.weights == "trained":
             key = {
@@ -377,6 +382,22 @@ class _Run:
         for batch, plans in zip(self.batches, masks, strict=True):
             found |= {i: plan.to_mask() for i, plan in zip(batch, plans, strict=True)}
         return torch.stack([found[i] for i in range(len(found))])
+
+    def _exit_threshold(self, weights: _Weights, rate: float) -> float:
+        """Of an early exit by confidence, found on validation examples."""
+        examples = self._plan_examples()
+        key = {
+            "what": rules.CONFIDENT_EXIT, "weights": weights.key, "rate": rate,
+            "protected": weights.protected, "examples": fingerprint(examples),
+            "dtype": str(self.request.dtype),
+        }  # fmt: skip
+
+        def find() -> float:
+            collator = PromptAnswerCollator(self.tokenizer)
+            rows, model = rows_of(examples), weights.model
+            return early_exit.calibrate_early_exit(model, rows, collator, [rate])[rate]
+
+        return self._once(key, find)
 
     def _plan_examples(self) -> list[Example]:
         """The validation examples, some of each task, that plans are measured on."""
@@ -426,6 +447,7 @@ class _Run:
         return digest(
             {
                 "weights": weights.key, "plans": _bits(self.plans[method.key]),
+                "exit": self.exits.get(method.key),
                 "test": self.prints["test"], **weights.quality_key,
                 "limits": self._limits(), "version": firstlm.__version__,
             }
@@ -487,31 +509,55 @@ class _Run:
         keep = self.plans[method.key][batch]
         longest = max(len(e.prompt_ids) for e in examples)
         limit = min(self._limits()[examples[0].task], self.positions - longest)
-        path = weights.path
-        with path.any_plan():
-            losses = path.losses(examples, {"skip_plan": mask_to_plans(keep)})
-            answers = path.counted_answers(examples, keep, max(limit, 1))
+        kept = [tuple(row.nonzero().flatten().tolist()) for row in keep]
+        if method.name == rules.CONFIDENT_EXIT:
+            losses, answers, kept = self._leave_early(weights, method, examples, max(limit, 1))
+        else:
+            path = weights.path
+            with path.any_plan():
+                losses = path.losses(examples, {"skip_plan": mask_to_plans(keep)})
+                answers = path.counted_answers(examples, keep, max(limit, 1))
         return [
             ExampleResult(
                 example=example.id,
                 task=example.task,
                 prompt_tokens=len(example.prompt_ids),
-                kept=tuple(row.nonzero().flatten().tolist()),
-                layers_run=layers,
+                kept=layers,
+                layers_run=layers_run,
                 loss=loss,
                 tokens=tokens,
                 answer=answer,
                 reference=example.answer,
             )
-            for example, row, (loss, tokens), (answer, layers) in zip(
-                examples, keep, losses, answers, strict=True
+            for example, layers, (loss, tokens), (answer, layers_run) in zip(
+                examples, kept, losses, answers, strict=True
             )
         ]
+
+    def _leave_early(
+        self, weights: _Weights, method: Method, examples: Sequence[Example], limit: int
+    ) -> tuple[list[tuple[float, int]], list[tuple[str, float]], list[tuple[int, ...]]]:
+        """(losses, answers, the layers of most tokens) of an early exit by confidence."""
+        threshold, model, size = self.exits[method.key], weights.model, len(examples)
+        scores = early_exit.score_early_exit(
+            model, rows_of(examples), PromptAnswerCollator(self.tokenizer), threshold,
+            batch_size=size,
+        )  # fmt: skip
+        found = early_exit.answer_early_exit(
+            model, self.tokenizer, [example.prompt for example in examples], threshold,
+            max_new_tokens=limit, batch_size=size,
+        )  # fmt: skip
+        return (
+            list(zip(scores.loss.tolist(), scores.tokens.tolist(), strict=True)),
+            list(zip(found.texts, found.layers_run, strict=True)),
+            [tuple(range(count)) for count in scores.usual_layers.tolist()],
+        )
 
     # ---- latency ----
 
     def _time(self, weights: _Weights, group: Sequence[Method]) -> None:
-        if not self.main:
+        group = [method for method in group if method.key not in self.exits]
+        if not self.main or not group:
             return
         chosen = timing.timed_prompts(self.effort.timing_prompts, len(self.data.test))
         room = self.positions - self.effort.new_tokens
