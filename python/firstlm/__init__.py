@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from firstlm.calibration import Calibration, calibrate
     from firstlm.engine import Engine
+    from firstlm.evaluation.run import evaluate
     from firstlm.lm_eval_model import LM  # noqa: F401
     from firstlm.loading import from_pretrained
     from firstlm.router import Router, RouterConfig
@@ -34,6 +35,7 @@ _PUBLIC = {
     "train": "training",
     "Calibration": "calibration",
     "calibrate": "calibration",
+    "evaluate": "evaluation.run",
     "LM": "lm_eval_model",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "calibrate",
+    "evaluate",
     "from_pretrained",
     "train",
 ]
