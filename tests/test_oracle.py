@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import firstlm
 from firstlm import RouterConfig
 from firstlm.evaluation import oracle, oracle_text
-from firstlm.evaluation.oracle import OracleSettings, analyse, measure, run_oracle
+from firstlm.evaluation.oracle import OracleSettings, PromptRows, analyse, measure, run_oracle
 from firstlm.evaluation.oracle_bounds import (
     PlanLosses,
     agreement_of_halves,
@@ -29,7 +29,7 @@ from firstlm.scoring import score
 from firstlm.skip_plan import SkipPlan
 from tiny_gguf import tiny_model_folder
 from tiny_models import NUM_LAYERS, routed_model
-from tiny_training import COLLATOR, Rows, examples
+from tiny_training import COLLATOR, examples
 
 
 def table(prompts, candidates, seed, tasks=("a", "b")):
@@ -126,10 +126,10 @@ def test_a_difference_is_paired_and_its_interval_holds_it():
 # ---- on tiny models ----
 
 
-class TaskRows(Rows):
-    @property
-    def tasks(self):
-        return ["long" if sum(row["prompt_mask"]) > 8 else "short" for row in self]
+def task_rows(count, seed):
+    rows = examples(count, seed)
+    tasks = ["long" if sum(row["prompt_mask"]) > 8 else "short" for row in rows]
+    return PromptRows(rows, rows.ids, tasks)
 
 
 SETTINGS = OracleSettings(skip_rate=1 / 3, candidates=6, importance_prompts=3, batch_size=3)
@@ -141,7 +141,7 @@ def model():
 
 
 def sets():
-    return TaskRows(examples(9, seed=1)), TaskRows(examples(8, seed=2))
+    return task_rows(9, seed=1), task_rows(8, seed=2)
 
 
 def test_candidates_have_one_size_and_their_losses_are_those_of_score(model, tmp_path):

@@ -165,8 +165,12 @@ def evaluate(
         rivals.setdefault(name, []).append(_folders(rest, "--trained"))
     rates = None if skip_rates is None else cli_input.numbers(skip_rates, "--skip-rates")
     cli_input.quiet_libraries()
+    columns = {
+        "prompt_column": prompt_column, "answer_column": answer_column,
+        "messages_column": messages_column,
+    }  # fmt: skip
     if oracle:
-        _oracle(first, data, rates, output, dtype, {
+        _oracle(first, data, rates, output, dtype, columns, {
             "candidates": candidates, "choosing": validation, "reported": examples,
             "importance_prompts": plan_examples, "max_length": max_length,
             "batch_size": batch_size, "seed": seed,
@@ -186,10 +190,6 @@ def evaluate(
         "draws": draws, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
         "max_length": max_length, "timing_prompts": timing_prompts, "repeats": repeats,
         "new_tokens": new_tokens,
-    }  # fmt: skip
-    columns = {
-        "prompt_column": prompt_column, "answer_column": answer_column,
-        "messages_column": messages_column,
     }  # fmt: skip
     run(
         first, data, rates, output=output,
@@ -212,6 +212,7 @@ def _oracle(
     rates: list[float] | None,
     output: Path,
     dtype: str | None,
+    columns: dict[str, str | None],
     given: dict[str, Any],
 ) -> None:
     """One oracle a rate, in a folder of its own."""
@@ -226,7 +227,10 @@ def _oracle(
         folder = (first.get(rate) or first[None])[0]
         own = output / f"oracle-{rate:g}"
         chosen = OracleSettings(rate, **settings)
-        run_oracle(folder, data, own, chosen, dtype=dtype, progress=sys.stderr.isatty())
+        run_oracle(
+            folder, data, own, chosen,
+            columns=columns, dtype=dtype, progress=sys.stderr.isatty(),
+        )  # fmt: skip
         typer.echo((own / "oracle.md").read_text(encoding="utf-8").rstrip())
 
 

@@ -131,12 +131,6 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, list[int]]]):
             }
         )
 
-    def take(self, other: EncodedDataset, index: int) -> None:
-        """Add a row of another set."""
-        self.ids.append(other.ids[index])
-        self.tasks.append(other.tasks[index])
-        self._rows.append(other[index])
-
     def report(self) -> str:
         """One line: how many examples there are and how many were left out."""
         total = len(self) + len(self.too_long)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import torch
 from firstlm import figures, loading
 from firstlm.atomic import write_text
 from firstlm.controls import importance_plan, layers_to_drop, plan_by_position
-from firstlm.data import EncodedDataset, PromptAnswerCollator, encode_dataset
+from firstlm.data import PromptAnswerCollator
 from firstlm.engine.source import source_folders, source_key
 from firstlm.evaluation import oracle_text
+from firstlm.evaluation.data import load_evaluation_data
 from firstlm.evaluation.oracle_bounds import (
     PlanLosses,
     agreement_of_halves,
@@ -35,6 +36,7 @@ from firstlm.evaluation.oracle_bounds import (
     paid_by_halves,
     summary,
 )
+from firstlm.held_out import Example, rows_of
 from firstlm.layer_importance import measure_importance
 from firstlm.losses import answer_positions, answer_token_losses
 from firstlm.measured_file import MeasuredFile
@@ -42,7 +44,6 @@ from firstlm.plan_search import router_features, swap
 from firstlm.scoring import Collator, score
 from firstlm.skip_plan import SkipPlan
 from firstlm.tokenizer import load_tokenizer
-from firstlm.train_data import load_set
 from firstlm.train_progress import bar
 
 WORK_FOLDER = ".oracle"
@@ -79,12 +80,26 @@ class OracleSettings:
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
 
 
+class PromptRows(list[dict[str, list[int]]]):
+    """Encoded rows with their `ids` and `tasks`."""
+
+    def __init__(self, rows: Iterable[Any], ids: Sequence[str], tasks: Sequence[str]) -> None:
+        super().__init__(rows)
+        self.ids, self.tasks = list(ids), list(tasks)
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> PromptRows:
+        """The rows of some examples."""
+        return cls(rows_of(examples), [e.id for e in examples], [e.task for e in examples])
+
+
 def run_oracle(
     checkpoint: str | os.PathLike[str],
     data: Sequence[str],
     output: str | os.PathLike[str],
     settings: OracleSettings,
     *,
+    columns: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -92,8 +107,9 @@ def run_oracle(
 
     Args:
         checkpoint: as firstlm.from_pretrained takes it; its adapter is merged.
-        data: corpora, files or folders, each a task or several. Plans are chosen on the validation
-            split and reported on the test split; a file without splits lends a share to each.
+        data: corpora, files or folders. Plans are chosen on the validation split and reported on
+            the test split; a file without splits lends a part to each.
+        columns: prompt_column, answer_column, messages_column of the data.
         dtype: of the weights.
         progress: show bars.
 
@@ -105,23 +121,22 @@ def run_oracle(
     """
     output = Path(output)
     tokenizer = load_tokenizer(checkpoint)
-    parts = {
-        split: _load(data, split, tokenizer, count, settings)
-        for split, count in (("validation", settings.choosing), ("test", settings.reported))
-    }
+    loaded = load_evaluation_data(
+        data, tokenizer, examples=settings.reported, validation=settings.choosing,
+        max_length=settings.max_length, seed=settings.seed, columns=columns,
+    )  # fmt: skip
+    choosing, reported = PromptRows.of(loaded.validation), PromptRows.of(loaded.test)
     model = loading.from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)
     key = {
         "source": source_key(source_folders(Path(checkpoint))),
-        "rows": [[part[i]["input_ids"] for i in range(len(part))] for part in parts.values()],
+        "rows": [[row["input_ids"] for row in rows] for rows in (choosing, reported)],
         "settings": vars(settings),
         "dtype": str(model.dtype),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     store = MeasuredFile(output / WORK_FOLDER, digest)
     collator = PromptAnswerCollator(tokenizer)
-    measured = measure(
-        model, parts["validation"], parts["test"], collator, settings, store, progress
-    )
+    measured = measure(model, choosing, reported, collator, settings, store, progress)
     found = {
         "checkpoint": str(checkpoint),
         "data": list(data),
@@ -163,8 +178,8 @@ class Measured:
 
 def measure(
     model: Any,
-    choosing: EncodedDataset,
-    reported: EncodedDataset,
+    choosing: PromptRows,
+    reported: PromptRows,
     collator: Collator,
     settings: OracleSettings,
     store: MeasuredFile,
@@ -173,7 +188,7 @@ def measure(
     """Draws candidates and measures everything; what `store` holds is not measured again.
 
     Args:
-        choosing, reported: encoded rows with `ids` and `tasks`.
+        choosing, reported: prompts that plans are chosen on, and that pay.
     """
     model.eval()
     table = _Table(model, collator, settings.batch_size, store)
@@ -390,19 +405,6 @@ def _all_features(
 
 def _prompt_lengths(rows: Any) -> torch.Tensor:
     return torch.tensor([sum(rows[i]["prompt_mask"]) for i in range(len(rows))])
-
-
-def _load(
-    data: Sequence[str], split: str, tokenizer: Any, per_task: int, settings: OracleSettings
-) -> EncodedDataset:
-    """Examples of every source, drawn by the seed and encoded, in one set."""
-    found = EncodedDataset(settings.max_length)
-    for source in data:
-        dataset = load_set(None, source, split, None, settings.seed, {}).shuffle(settings.seed)
-        encoded = encode_dataset(dataset, tokenizer, settings.max_length)
-        for i in range(min(per_task, len(encoded))):
-            found.take(encoded, i)
-    return found
 
 
 def _lines(measured: Measured) -> str:
