@@ -18,13 +18,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_gguf(file: Path, layers: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+def write_tiny_gguf(
+    file: Path, layers: int = 2, seed: int = 0, context: int = 128
+) -> dict[str, np.ndarray]:
     """Write the file; returns the exact float32 values of every tensor in it, by GGUF name."""
     hidden, intermediate, heads, kv_heads, head_dim = 64, 96, 4, 2, 16
     tokens = SPECIAL + sorted(bytes_to_unicode().values()) + ["ĊĊ", "Ġa"]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("Tiny")
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(intermediate)
@@ -76,10 +78,10 @@ def write_tiny_gguf(file: Path, layers: int = 2, seed: int = 0) -> dict[str, np.
     return exact
 
 
-def tiny_model_folder(folder: Path, layers: int = 6) -> Path:
+def tiny_model_folder(folder: Path, layers: int = 6, context: int = 128) -> Path:
     """A tiny llama as an ordinary model folder, with a tokenizer that knows a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tiny_gguf(folder / "tiny.gguf", layers=layers)
+    write_tiny_gguf(folder / "tiny.gguf", layers=layers, context=context)
     return embedded_model.convert_gguf(folder / "tiny.gguf", folder / "model", progress=False)
 
 
