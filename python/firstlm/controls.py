@@ -41,7 +41,7 @@ def uniform_plan(num_layers: int, skip_rate: float, protected: Sequence[int]) ->
     """Keep mask [L] that drops unprotected layers at equal distances, the ends spared."""
     free = _free_layers(num_layers, protected)
     count = layers_to_drop(skip_rate, num_layers, protected)
-    return _without(
+    return plan_without(
         num_layers, [free[(2 * i + 1) * len(free) // (2 * count)] for i in range(count)]
     )
 
@@ -53,20 +53,20 @@ def random_plan(
     free = _free_layers(num_layers, protected)
     count = layers_to_drop(skip_rate, num_layers, protected)
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _without(num_layers, [free[i] for i in order[:count]])
+    return plan_without(num_layers, [free[i] for i in order[:count]])
 
 
 def first_plan(num_layers: int, skip_rate: float, protected: Sequence[int]) -> list[bool]:
     """Keep mask [L] without the first unprotected layers."""
     count = layers_to_drop(skip_rate, num_layers, protected)
-    return _without(num_layers, _free_layers(num_layers, protected)[:count])
+    return plan_without(num_layers, _free_layers(num_layers, protected)[:count])
 
 
 def last_plan(num_layers: int, skip_rate: float, protected: Sequence[int]) -> list[bool]:
     """Keep mask [L] without the last unprotected layers: an early exit, but for protected ones."""
     count = layers_to_drop(skip_rate, num_layers, protected)
     free = _free_layers(num_layers, protected)
-    return _without(num_layers, free[len(free) - count :])
+    return plan_without(num_layers, free[len(free) - count :])
 
 
 _BY_POSITION = {"uniform": uniform_plan, "first": first_plan, "last": last_plan}
@@ -90,7 +90,8 @@ def _free_layers(num_layers: int, protected: Sequence[int]) -> list[int]:
     return [i for i in range(num_layers) if i not in set(protected)]
 
 
-def _without(num_layers: int, dropped: Sequence[int]) -> list[bool]:
+def plan_without(num_layers: int, dropped: Sequence[int]) -> list[bool]:
+    """Keep mask [L] without some layers."""
     return [i not in set(dropped) for i in range(num_layers)]
 
 
@@ -100,10 +101,10 @@ def importance_plan(
     """Keep mask [L] without the layers of least importance, or of least block influence."""
     count = layers_to_drop(skip_rate, len(importance), protected)
     free = _free_layers(len(importance), protected)
-    return _without(len(importance), sorted(free, key=lambda i: (importance[i], i))[:count])
+    return plan_without(len(importance), sorted(free, key=lambda i: (importance[i], i))[:count])
 
 
-def greedy_plan(
+def greedy_order(
     model: Any,
     examples: Sequence[Any],
     collator: Collator,
@@ -111,11 +112,12 @@ def greedy_plan(
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
-) -> list[bool]:
-    """Keep mask [L]: layers are dropped one by one, each time the one that costs least then."""
+) -> list[int]:
+    """What `greedy_plan` drops, in turn; its plan of a lower rate drops the first of these."""
     num_layers = len(model.decoder_layers)
     protected = model.router_config.protected
     keep = torch.ones(num_layers, dtype=torch.bool)
+    order: list[int] = []
     for _ in range(layers_to_drop(skip_rate, num_layers, protected)):
         costs: dict[int, float] = {}
         for layer in range(num_layers):
@@ -127,8 +129,17 @@ def greedy_plan(
             keep[layer] = True
             if progress is not None:
                 progress(1)
-        keep[min(costs, key=lambda i: (costs[i], i))] = False
-    return keep.tolist()
+        order.append(min(costs, key=lambda i: (costs[i], i)))
+        keep[order[-1]] = False
+    return order
+
+
+def greedy_plan(
+    model: Any, examples: Sequence[Any], collator: Collator, skip_rate: float, **options: Any
+) -> list[bool]:
+    """Keep mask [L]: layers are dropped one by one, each time the one that costs least then."""
+    order = greedy_order(model, examples, collator, skip_rate, **options)
+    return plan_without(len(model.decoder_layers), order)
 
 
 def most_kept_plan(

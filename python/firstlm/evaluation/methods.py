@@ -281,15 +281,20 @@ def plan_by_position(
     return plan
 
 
-def measured_plan(
-    name: str, model: Any, examples: Sequence[Example], tokenizer: Any, rate: float, progress: Any
-) -> list[bool]:
-    """Keep mask [L] of greedy or block_influence, measured on the weights that will run it."""
-    rows, collator = rows_of(examples), PromptAnswerCollator(tokenizer)
-    if name == "greedy":
-        return controls.greedy_plan(model, rows, collator, rate, progress=progress)
-    influence = measure_block_influence(model, rows, collator, progress=progress)
-    return controls.importance_plan(influence, rate, model.router_config.protected)
+def greedy_order(
+    model: Any, examples: Sequence[Example], tokenizer: Any, rate: float, progress: Any
+) -> list[int]:
+    """The layers that greedy drops, in turn, up to a rate, measured on the weights that run it."""
+    collator = PromptAnswerCollator(tokenizer)
+    return controls.greedy_order(model, rows_of(examples), collator, rate, progress=progress)
+
+
+def block_influence(
+    model: Any, examples: Sequence[Example], tokenizer: Any, progress: Any
+) -> list[float]:
+    """How far each layer [L] turns the hidden state of the weights that will run without it."""
+    collator = PromptAnswerCollator(tokenizer)
+    return measure_block_influence(model, rows_of(examples), collator, progress=progress)
 
 
 def better_plan(

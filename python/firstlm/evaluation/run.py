@@ -410,19 +410,29 @@ class _Run:
         ]
 
     def _measured_plan(self, weights: _Weights, name: str, rate: float) -> list[bool]:
+        """Of greedy or block_influence; what is measured serves all rates."""
         examples = self._plan_examples()
-        key = {
-            "what": name, "weights": weights.key, "rate": rate, "protected": weights.protected,
+        most = max(m.skip_rate_asked for m in self.methods)
+        key: dict[str, Any] = {
+            "what": name, "weights": weights.key, "protected": weights.protected,
             "examples": fingerprint(examples), "dtype": str(self.request.dtype),
         }  # fmt: skip
+        if name == "block_influence":
 
-        def find() -> list[bool]:
-            with self._bar(f"{name} plan at {rate:g}", None) as update:
-                return rules.measured_plan(
-                    name, weights.model, examples, self.tokenizer, rate, update
-                )
+            def influence() -> list[float]:
+                with self._bar("block influence: examples", len(examples)) as update:
+                    return rules.block_influence(weights.model, examples, self.tokenizer, update)
 
-        return self._once(key, find)
+            found = self._once(key, influence)
+            return rules.controls.importance_plan(found, rate, weights.protected)
+
+        def order() -> list[int]:
+            with self._bar("greedy plan: plans", None) as update:
+                return rules.greedy_order(weights.model, examples, self.tokenizer, most, update)
+
+        dropped = self._once({**key, "rate": most}, order)
+        count = rules.controls.layers_to_drop(rate, weights.num_layers, weights.protected)
+        return rules.controls.plan_without(weights.num_layers, dropped[:count])
 
     def _static_plan(self, weights: _Weights, method: Method) -> list[bool]:
         rate, examples = method.skip_rate_asked, self._plan_examples()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from firstlm.decode_paths import Arm, DecodePath
+from firstlm.decode_paths import Arm, DecodePath, PlanNotFollowed
 from firstlm.evaluation.records import Timing
 from firstlm.evaluation.store import digest
 from firstlm.held_out import Example
@@ -46,6 +46,7 @@ def time_methods(
 
     Raises:
         RuntimeError: arms produced different numbers of tokens.
+        PlanNotFollowed: other layers ran than the plans say.
     """
     kept = MeasuredFile(folder, digest(key))
     full = {"skip_plan": SkipPlan.full(num_layers)}
@@ -54,7 +55,10 @@ def time_methods(
         # Arms are compared where they took turns, so a prompt is whole or done again.
         if kept.part("prompts").get(str(index), {}).keys() != own.keys():
             with path.any_plan():
-                kept.part("prompts")[str(index)] = path.time(example, own, new_tokens, repeats)
+                found = path.time(example, own, new_tokens, repeats)
+                for name, arm in own.items():
+                    _check_layers(name, found[name]["layers_per_token"], path, example, arm)
+            kept.part("prompts")[str(index)] = found
             kept.save()
         progress(1)
     parts = [kept.part("prompts")[str(index)] for index in range(len(examples))]
@@ -63,6 +67,15 @@ def time_methods(
                       repeats, new_tokens)
         for name in arms
     }  # fmt: skip
+
+
+def _check_layers(name: str, counted: float, path: DecodePath, example: Example, arm: Arm) -> None:
+    plan = arm.get("skip_plan")
+    layers = int(path.plans([example], arm).sum()) if plan is None else len(plan.kept)
+    if counted != layers:
+        raise PlanNotFollowed(
+            f"{name}: a timed token went through {counted} layers, and its plan keeps {layers}"
+        )
 
 
 def _timing(
