@@ -21,6 +21,7 @@ from firstlm.adapter import attach_adapter
 from firstlm.controls import write_plan_into_routers
 from firstlm.evaluation import checks, store
 from firstlm.evaluation import run as evaluation_run
+from firstlm.evaluation.data import fingerprint, load_evaluation_data
 from firstlm.evaluation.files import read_evaluation
 from firstlm.evaluation.methods import CONTROLS, length_plans
 from firstlm.evaluation.records import Evaluation
@@ -207,6 +208,19 @@ def test_latency_is_measured_beside_the_full_model(whole) -> None:
             assert shares == [len(kept) / LAYERS] * 2
     assert evaluation.checks["tokens of every timed answer"] == "4"
     assert "12 steps" in evaluation.checks["optimizer steps"]
+
+
+def test_a_batch_is_of_one_task(folders, data) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["first"])
+    options = {"examples": 11, "validation": 9, "max_length": 100, "seed": 0}
+    found = load_evaluation_data(data, tokenizer, **options)
+    assert found.tasks == ["one", "two"] and len(found.validation) == 18
+    batches = found.batches(4)
+    assert sorted(i for batch in batches for i in batch) == list(range(22))
+    assert [len({found.test[i].task for i in batch}) for batch in batches] == [1] * 6
+    assert not {e.id for e in found.validation} & {e.id for e in found.test}
+    again = load_evaluation_data(data, tokenizer, **options)
+    assert fingerprint(again.test) == fingerprint(found.test)
 
 
 class Stop(Exception):

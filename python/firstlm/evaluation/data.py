@@ -32,9 +32,13 @@ class EvaluationData:
         return list(dict.fromkeys(example.task for example in self.test))
 
     def batches(self, size: int) -> list[list[int]]:
-        """Indices of test examples of like length, always the same ones together."""
-        order = sorted(range(len(self.test)), key=lambda i: (len(self.test[i].prompt_ids), i))
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        """Indices of test examples: one task and like length, always the same ones together."""
+        found = []
+        for task in self.tasks:
+            rows = [i for i, example in enumerate(self.test) if example.task == task]
+            rows.sort(key=lambda i: len(self.test[i].prompt_ids))
+            found += [rows[start : start + size] for start in range(0, len(rows), size)]
+        return found
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
