@@ -84,10 +84,10 @@ void Decoder::Pass::route(Share share, int64_t layer) {
                                            [](uint8_t kept) { return kept != 0; });
       if (layer == config.L - 1 && keeps_none) segment.keep[layer] = 1;
     }
-    reserve_caches(layer);
     decoder.counters_.router_nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(
                                                 std::chrono::steady_clock::now() - start)
                                                 .count();
+    reserve_caches(layer);
   }
   team.barrier();
 }

@@ -697,6 +697,49 @@ def test_closing_the_iterator_ends_the_decode(llama_engine):
 # ---- what is refused ----
 
 
+def test_sequences_of_another_decoder_are_refused(llama, llama_engine):
+    own, other = engine_of(llama).core.decoder, llama_engine.core.decoder
+    keep = torch.ones(1, NUM_LAYERS, dtype=torch.bool)
+    sequence = own.sequence()
+    with pytest.raises(ValueError, match="sequence 0 is of another decoder"):
+        other.extend([sequence], [[5]], keep, None, [1])
+    logits, _ = own.extend([sequence], [[5]], keep, None, [1])
+    with pytest.raises(ValueError, match="sequence 0 is of another decoder"):
+        other.decoding([sequence.copy()], logits, [{}], [[]], [], [3])
+
+
+def test_an_exact_budget_that_is_too_large_is_refused_before_any_work(llama, monkeypatch):
+    engine = engine_of(llama)
+    monkeypatch.setattr(engine.core, "routed", None)
+    for call in (engine.generate, engine.plan):
+        with pytest.raises(ValueError, match="asks to skip 6 of 6 layers, but only 5"):
+            call(ROWS, budget=0.95, budget_mode="exact")
+
+
+def test_a_saved_engine_loads_in_its_own_precision(llama, tmp_path):
+    engine_of(llama, precision="int8").save(tmp_path / "engine")
+    for options in ({}, {"precision": "int8"}, {"head_precision": "int8"}):
+        loaded = Engine.from_pretrained(tmp_path / "engine", **options)
+        assert loaded.config.decoder["precision"] == "int8"
+    with pytest.raises(ValueError, match="has precision='int8'; asked was precision='int4'"):
+        Engine.from_pretrained(tmp_path / "engine", "int4")
+    with pytest.raises(ValueError, match="head_precision='int8'; asked was head_precision='int4'"):
+        Engine.from_pretrained(tmp_path / "engine", head_precision="int4")
+
+
+def test_the_share_of_the_bandwidth_is_there_once_it_was_measured(llama, monkeypatch):
+    engine = engine_of(llama)
+    engine.generate(ROWS[0], max_new_tokens=4, ignore_eos=True)
+    assert engine.stats.bandwidth_share is None
+    monkeypatch.setattr(firstlm.bandwidth, "read_gb_per_s", lambda: [1.0, 2.0, 9.0])
+    assert engine.measure_bandwidth() == 2.0
+    engine.generate(ROWS[0], max_new_tokens=4, ignore_eos=True)
+    stats = engine.stats
+    read = (stats.weight_bytes + stats.cache_bytes) / stats.decode_ms * 1e3
+    assert stats.bandwidth_share == pytest.approx(read / 2e9)
+    assert stats.to_json()["bandwidth_share"] == stats.bandwidth_share
+
+
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt2"])
 def test_other_families_are_sent_to_the_hf_path(family):
     with pytest.raises(ValueError, match=rf"{family}.*accepted: llama.*hf path.*from_pretrained"):

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <set>
 #include <utility>
 
@@ -118,15 +119,17 @@ at::ScalarType torch_type(DType dtype) {
 
 // --- Sequence ---------------------------------------------------------------------------------
 
-Sequence::Sequence(const DecoderConfig& config)
-    : H_(config.H),
+Sequence::Sequence(const DecoderConfig& config, int64_t decoder)
+    : decoder_(decoder),
+      H_(config.H),
       head_dim_(config.head_dim),
       dtype_(torch_type(config.cache_dtype)),
       windows_(config.windows),
       storage_(windows_) {}
 
 Sequence::Sequence(const Sequence& other)
-    : H_(other.H_),
+    : decoder_(other.decoder_),
+      H_(other.H_),
       head_dim_(other.head_dim_),
       dtype_(other.dtype_),
       windows_(other.windows_),
@@ -169,6 +172,8 @@ void Sequence::passed(int64_t T, const std::vector<uint8_t>& keep) {
 NativeDecoder::NativeDecoder(DecoderConfig config, const std::string& precision,
                              const std::string& head_precision, Tensors tensors, int num_threads)
     : tensors_(std::move(tensors)), team_(num_threads) {
+  static std::atomic<int64_t> count = 0;
+  id_ = ++count;
   DecoderWeights weights = decoder_weights(tensors_, config, parse_precision(precision),
                                            parse_precision(head_precision));
   decoder_ = std::make_unique<Decoder>(std::move(config), std::move(weights), kernels());
@@ -201,6 +206,11 @@ void NativeDecoder::forward(std::vector<Segment>& segments, float* logits,
   decoder_->forward(team_, segments, logits, interrupt);
 }
 
+void NativeDecoder::check_own(const Sequence& sequence, size_t index) const {
+  TORCH_CHECK_VALUE(sequence.decoder() == id_, "sequence ", index,
+                    " is of another decoder: its keys and values are of other weights");
+}
+
 void NativeDecoder::check(const ExtendRequest& request) const {
   const size_t B = request.sequences.size();
   const int64_t L = config().L, V = config().V;
@@ -226,6 +236,7 @@ void NativeDecoder::check(const ExtendRequest& request) const {
   }
   const bool fresh = request.keep || request.thresholds;
   for (size_t b = 0; b < B; ++b) {
+    check_own(*request.sequences[b], b);
     const auto& tokens = request.tokens[b];
     TORCH_CHECK_VALUE(!tokens.empty(), "sequence ", b, " has no new tokens");
     for (const int64_t token : tokens) {
@@ -314,6 +325,7 @@ Decoding::Decoding(std::shared_ptr<NativeDecoder> decoder, std::vector<SequenceP
   TORCH_CHECK_VALUE(logits_.scalar_type() == at::kFloat && logits_.is_contiguous(),
                     "logits must be contiguous float32");
   for (size_t b = 0; b < B; ++b) {
+    decoder_->check_own(*sequences[b], b);
     TORCH_CHECK_VALUE(sequences[b]->has_plan(), "sequence ", b,
                       " has no plan yet: extend it first");
     settings[b].check();

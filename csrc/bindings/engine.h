@@ -22,9 +22,11 @@ namespace firstlm {
 // The tokens of one conversation so far: its plan, and keys and values of the layers that it keeps.
 class Sequence final : public SequenceCache {
  public:
-  explicit Sequence(const DecoderConfig& config);
+  // `decoder` tells decoders apart: NativeDecoder::id_.
+  Sequence(const DecoderConfig& config, int64_t decoder);
   Sequence(const Sequence& other);
 
+  int64_t decoder() const { return decoder_; }
   int64_t length() const { return length_; }
   bool has_plan() const { return !keep_.empty(); }
   const std::vector<uint8_t>& keep() const { return keep_; }  // [L], empty before the first pass
@@ -44,7 +46,7 @@ class Sequence final : public SequenceCache {
   void passed(int64_t T, const std::vector<uint8_t>& keep);
 
  private:
-  int64_t H_, head_dim_;
+  int64_t decoder_, H_, head_dim_;
   at::ScalarType dtype_;
   SkipCacheStorage::Windows windows_;
   SkipCacheStorage storage_;
@@ -82,7 +84,9 @@ class NativeDecoder {
   int num_threads() const { return team_.size(); }
   DecoderCounters counters();
 
-  SequencePtr sequence() const { return std::make_shared<Sequence>(config()); }
+  SequencePtr sequence() const { return std::make_shared<Sequence>(config(), id_); }
+  // ValueError for a sequence of another decoder, whose keys and values mean something else.
+  void check_own(const Sequence& sequence, size_t index) const;
   // `interrupt`: as in Decoder::forward; when it throws, the sequences are as they were.
   ExtendResult extend(const ExtendRequest& request,
                       const std::function<void()>& interrupt = nullptr);
@@ -95,6 +99,7 @@ class NativeDecoder {
   void forward(std::vector<Segment>& segments, float* logits,
                const std::function<void()>& interrupt = nullptr);
 
+  int64_t id_;  // no other decoder of the process has it
   Tensors tensors_;
   std::vector<Tensors> router_tensors_;
   std::vector<LayerRouter> routers_;  // [L], or none

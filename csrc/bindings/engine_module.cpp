@@ -87,14 +87,7 @@ py::dict counters(NativeDecoder& decoder) {
   return counters;
 }
 
-py::dict memory(const Sequence& sequence) {
-  const MemoryUse use = sequence.memory();
-  py::dict bytes;
-  bytes["bytes"] = use.visible;
-  bytes["allocated"] = use.allocated;
-  bytes["full"] = use.full;
-  return bytes;
-}
+py::dict memory(const Sequence& sequence) { return memory_dict(sequence.memory()); }
 
 std::optional<Tensor> keep_mask(const Sequence& sequence) {
   if (!sequence.has_plan()) return std::nullopt;
@@ -161,6 +154,14 @@ Tensor probabilities(const Tensor& logits, const py::dict& settings,
 }
 
 }  // namespace
+
+py::dict memory_dict(const MemoryUse& use) {
+  py::dict bytes;
+  bytes["bytes"] = use.visible;
+  bytes["allocated"] = use.allocated;
+  bytes["full"] = use.full;
+  return bytes;
+}
 
 void add_engine(py::module_& m) {
   m.attr("MAX_THREADS") = Team::kMaxSize;

@@ -39,14 +39,7 @@ std::optional<Tensor> tensor_of(const std::optional<KeepMask>& mask) {
   return tensor;
 }
 
-py::dict memory(const SkipCacheStorage& cache) {
-  const MemoryUse use = cache.memory();
-  py::dict bytes;
-  bytes["bytes"] = use.visible;
-  bytes["allocated"] = use.allocated;
-  bytes["full"] = use.full;
-  return bytes;
-}
+py::dict memory(const SkipCacheStorage& cache) { return memory_dict(cache.memory()); }
 
 uint64_t read_tensor(const Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), "tensor is on ",

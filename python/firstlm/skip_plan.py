@@ -273,6 +273,20 @@ def keep_something(keep_mask: torch.Tensor) -> torch.Tensor:
     return kept
 
 
+def exactly_dropped(num_layers: int, skip_rate: float, protected: Iterable[int]) -> int:
+    """How many layers an exact budget drops; arguments and errors as `exact_budget_mask`."""
+    check_skip_rate(skip_rate)
+    num_dropped = round(skip_rate * num_layers)
+    protected = sorted(set(protected))
+    available = num_layers - max(len(protected), 1)
+    if num_dropped > available:
+        raise ValueError(
+            f"budget {skip_rate} asks to skip {num_dropped} of {num_layers} layers, but only "
+            f"{available} may be skipped (protected layers: {protected})"
+        )
+    return num_dropped
+
+
 def exact_budget_mask(
     keep_prob: torch.Tensor, skip_rate: float, protected: Iterable[int]
 ) -> torch.Tensor:
@@ -289,16 +303,8 @@ def exact_budget_mask(
     Raises:
         ValueError: a rate outside [0, 1), or more layers to drop than are unprotected.
     """
-    num_layers = keep_prob.shape[1]
-    check_skip_rate(skip_rate)
-    num_dropped = round(skip_rate * num_layers)
     protected = sorted(set(protected))
-    available = num_layers - max(len(protected), 1)
-    if num_dropped > available:
-        raise ValueError(
-            f"budget {skip_rate} asks to skip {num_dropped} of {num_layers} layers, but only "
-            f"{available} may be skipped (protected layers: {protected})"
-        )
+    num_dropped = exactly_dropped(keep_prob.shape[1], skip_rate, protected)
     scores = keep_prob.detach().to("cpu", torch.float64).clone()
     scores[:, protected] = float("inf")
     mask = torch.ones(scores.shape, dtype=torch.bool)

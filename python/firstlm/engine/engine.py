@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from firstlm import native
+from firstlm import bandwidth, native
 from firstlm.engine import saved
 from firstlm.engine.answers import Generation
 from firstlm.engine.call import Call, check_rows, prepare, run
@@ -50,6 +51,7 @@ class Engine:
         config: what `engine.json` of a saved engine holds.
         tokenizer: None if the engine was made without one; token ids still work.
         stats: `EngineStats` of the call that ended last.
+        read_gb_per_s: what `measure_bandwidth` found.
         last: `Generation` of the stream that ended last.
         core: the native decoder.
     """
@@ -59,6 +61,7 @@ class Engine:
         self.config = parts.config
         self.tokenizer = parts.tokenizer
         self.stats = EngineStats()
+        self.read_gb_per_s: float | None = None
         self.last: Generation | None = None
         self._block = parts.block
         routers = None
@@ -184,6 +187,19 @@ class Engine:
         """Of the routers; None if the model has none."""
         return None if self.core.routers is None else self.core.routers.config
 
+    def measure_bandwidth(self) -> float:
+        """Gigabytes (1e9 bytes) a second that the memory gives to this engine's number of threads.
+
+        Takes some tenths of a second; `stats.bandwidth_share` of later calls is the share of it.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads)
+        try:
+            self.read_gb_per_s = statistics.median(bandwidth.read_gb_per_s())
+        finally:
+            torch.set_num_threads(before)
+        return self.read_gb_per_s
+
     # -- what it does -----------------------------------------------------------------------------
     def generate(
         self,
@@ -298,7 +314,7 @@ class Engine:
         if keep is None and rows:
             found = prefill_prompts(self.core, rows, choice, stats)
             keep, keep_prob = found.keep, found.keep_prob
-        self.stats = stats
+        self._ended(stats)
         if keep is None:
             return RoutingOutput([], torch.ones(0, self.num_layers))
         scores = torch.ones(keep.shape) if keep_prob is None else keep_prob.clone()
@@ -353,7 +369,7 @@ class Engine:
         check_rows(self.config, whole, room=-1)
         stats = EngineStats(prompts=len(rows), prompt_tokens=sum(map(len, rows)))
         found = score_rows(self.core, rows, continued, choice, stats)
-        self.stats = stats
+        self._ended(stats)
         values = found if details else [one.log_probs for one in found]
         return values[0] if asked.single else values
 
@@ -365,6 +381,10 @@ class Engine:
     def prepare(self, prompts: Any, **options: Any) -> Call:
         """A call that has been checked; arguments as in `generate`, see `call.prepare`."""
         return prepare(self.config, self.core, self.tokenizer, prompts, **options)
+
+    def _ended(self, stats: EngineStats) -> None:
+        stats.read_gb_per_s = self.read_gb_per_s
+        self.stats = stats
 
     def _stream(self, call: Call) -> Generator[Any, None, None]:
         with contextlib.closing(self._run(call, one_by_one=True)) as steps:
@@ -388,7 +408,7 @@ class Engine:
         try:
             yield from run(self.core, call, read, one_by_one)
         finally:
-            self.stats = call.stats
+            self._ended(call.stats)
             kept = None if known is None else call.kept_sequence()
             if kept is not None and is_reusable(kept.keep, prefill):
                 self._prefixes.put(kept)

@@ -22,6 +22,7 @@ from firstlm.skip_plan import (
     check_plan_choice,
     check_protected,
     exact_budget_mask,
+    exactly_dropped,
     keep_mask_of,
     plans_to_mask,
 )
@@ -55,6 +56,8 @@ class PlanChoice:
             raise ValueError(f"prefill must be one of {PREFILLS}, got {self.prefill!r}")
         if self.budget is not None and core.routers is None:
             raise ValueError("a budget needs routers, and this model has none: give skip_plan")
+        if self.budget is not None and self.budget_mode == "exact":
+            exactly_dropped(core.num_layers, self.budget, core.routers.config.protected)
         if self.skip_plan is not None:
             mask = plans_to_mask(self.skip_plan, num_prompts, core.num_layers)
             if core.routers is not None:

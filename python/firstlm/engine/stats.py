@@ -27,6 +27,7 @@ class EngineStats:
         kv_bytes, kv_bytes_full: held by keys and values at the end, and what they would be if no
             layer were skipped.
         router_ms: of the prefill, spent on routers.
+        read_gb_per_s: what the memory can give, if `Engine.measure_bandwidth` has measured it.
     """
 
     prompts: int = 0
@@ -43,6 +44,7 @@ class EngineStats:
     kv_bytes: int = 0
     kv_bytes_full: int = 0
     router_ms: float = 0.0
+    read_gb_per_s: float | None = None
     _first_tokens: int = field(default=0, repr=False)
     _start: float = field(default_factory=time.perf_counter, repr=False)
 
@@ -78,18 +80,20 @@ class EngineStats:
         """Layers run a step."""
         return self.layer_runs / self.steps if self.steps else 0.0
 
-    def bandwidth_share(self, read_gb_per_s: float) -> float:
+    @property
+    def bandwidth_share(self) -> float | None:
         """Bytes read in the decode over what the memory could have given in that time.
 
-        Args:
-            read_gb_per_s: measured in the same run, as `firstlm.bandwidth.read_gb_per_s` does.
+        None before the read bandwidth was measured.
         """
-        possible = read_gb_per_s * 1e9 * self.decode_ms / 1e3
+        if self.read_gb_per_s is None:
+            return None
+        possible = self.read_gb_per_s * 1e9 * self.decode_ms / 1e3
         return (self.weight_bytes + self.cache_bytes) / possible if possible else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """All figures as plain values."""
         derived = ("tpot_ms", "tokens_per_s", "prefill_tokens_per_s", "weight_bytes_per_step",
-                   "layers_per_step")  # fmt: skip
+                   "layers_per_step", "bandwidth_share")  # fmt: skip
         values = {name: value for name, value in asdict(self).items() if name[0] != "_"}
         return values | {name: getattr(self, name) for name in derived}
