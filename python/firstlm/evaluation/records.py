@@ -45,7 +45,8 @@ class ExampleResult:
         example: its id in the corpus.
         task: the corpus that it is from.
         prompt_tokens: length of the prompt.
-        kept: the layers of its skip plan; of an early exit by confidence, those of most tokens.
+        kept: the layers of its skip plan; of an early exit by confidence, as many first layers as
+            the reference's tokens go through on average.
         layers_run: layers a generated token went through, counted inside the model.
         loss: cross-entropy summed over the reference's tokens, in nats, teacher-forced.
         tokens: tokens of the reference.

@@ -547,7 +547,7 @@ class _Run:
     def _leave_early(
         self, weights: _Weights, method: Method, examples: Sequence[Example], limit: int
     ) -> tuple[list[tuple[float, int]], list[tuple[str, float]], list[tuple[int, ...]]]:
-        """(losses, answers, the layers of most tokens) of an early exit by confidence."""
+        """(losses, answers, layers of the mean depth) of an early exit by confidence."""
         threshold, model, size = self.exits[method.key], weights.model, len(examples)
         scores = early_exit.score_early_exit(
             model, rows_of(examples), PromptAnswerCollator(self.tokenizer), threshold,
@@ -560,7 +560,7 @@ class _Run:
         return (
             list(zip(scores.loss.tolist(), scores.tokens.tolist(), strict=True)),
             list(zip(found.texts, found.layers_run, strict=True)),
-            [tuple(range(count)) for count in scores.usual_layers.tolist()],
+            [tuple(range(round(count))) for count in scores.layers_run.tolist()],
         )
 
     # ---- latency ----
