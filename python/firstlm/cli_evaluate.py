@@ -178,7 +178,7 @@ def evaluate(
         return
     from firstlm.evaluation import files
     from firstlm.evaluation.methods import CONTROLS, DEFAULT_CONTROLS
-    from firstlm.evaluation.run import Effort
+    from firstlm.evaluation.request import Effort
     from firstlm.evaluation.run import evaluate as run
 
     named: Sequence[str] = DEFAULT_CONTROLS

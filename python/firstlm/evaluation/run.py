@@ -13,65 +13,28 @@ import dataclasses
 import datetime
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import firstlm
-from firstlm import decode_paths, figures, loading
-from firstlm.budget import calibrate_thresholds, rate_key
-from firstlm.checkpoint import read_router_config
+from firstlm import figures, loading
 from firstlm.data import PromptAnswerCollator
-from firstlm.decode_paths import DecodePath
-from firstlm.engine.source import source_folders, source_key
 from firstlm.evaluation import checks, early_exit, timing
 from firstlm.evaluation import methods as rules
 from firstlm.evaluation.data import EvaluationData, fingerprint, load_evaluation_data
 from firstlm.evaluation.methods import FirstPlans
 from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult, Timing
+from firstlm.evaluation.request import Effort, Request
 from firstlm.evaluation.store import Store, digest
+from firstlm.evaluation.weights import Weights
 from firstlm.held_out import Example, rows_of
 from firstlm.skip_plan import mask_to_plans
 from firstlm.tokenizer import load_tokenizer
 from firstlm.train_progress import bar
 
 _WAIT = datetime.timedelta(days=7)  # other processes wait while one measures latency or plans
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured.
-
-    Attributes:
-        examples: tested, of each task.
-        validation: of each task, that thresholds and FiRST's most kept layers are found on.
-        plan_examples: of these, of each task, that the plans of other controls are measured on.
-        batch_size: of the hf path.
-        max_new_tokens: of an answer; None: as long as a task's longest validation reference.
-        max_length: longer examples (prompt + answer, tokens) are passed over.
-        timing_prompts, repeats: of TPOT: every method decodes each of the prompts `repeats` times.
-        new_tokens: of a timed answer.
-        draws: of random plans.
-    """
-
-    examples: int = 300
-    validation: int = 96
-    plan_examples: int = 16
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    max_length: int = 512
-    timing_prompts: int = 8
-    repeats: int = 3
-    new_tokens: int = 32
-    draws: int = 2
-
-    def __post_init__(self) -> None:
-        least = {"examples": 2, "validation": 2, "new_tokens": 2, "timing_prompts": 0}
-        for name, value in vars(self).items():
-            if value is not None and value < least.get(name, 1):
-                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
 
 
 def evaluate(
@@ -124,7 +87,7 @@ def evaluate(
         ValueError: arguments that do not fit together, before any work.
         CheckFailed, PlanNotFollowed: a self-check found that figures would be wrong.
     """
-    request = _Request(
+    request = Request(
         rules.folders_of(checkpoints),
         {name: rules.folders_of(given) for name, given in (trained or {}).items()},
         [data] if isinstance(data, (str, Path)) or not isinstance(data, Sequence) else list(data),
@@ -143,7 +106,7 @@ def evaluate(
     torch.set_num_threads(threads or before)
     try:
         show = sys.stderr.isatty() if progress is None else progress
-        return _Run(request, methods, Path(output), threads, show).go(columns)
+        return Run(request, methods, Path(output), threads, show).go(columns)
     except KeyboardInterrupt:
         message = "What was measured is kept: run the same command again to go on."
         raise KeyboardInterrupt(message) from None
@@ -151,62 +114,12 @@ def evaluate(
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of `evaluate`, checked as far as files without weights tell."""
-
-    first: dict[float | None, list[str]]
-    trained: dict[str, dict[float | None, list[str]]]
-    sources: list[Any]
-    controls: tuple[str, ...]
-    weights: tuple[str, ...]
-    effort: Effort
-    seed: int
-    engine: str
-    timing_engine: str | None
-    precision: str | None
-    dtype: torch.dtype | str | None
-
-    def check(self) -> None:
-        rules.check_folders(self.first, "checkpoints")
-        for name, folders in self.trained.items():
-            if name not in (*rules.CONTROLS, "first") or name == "base":
-                raise ValueError(f"trained {name!r} is no control: {', '.join(rules.CONTROLS)}")
-            rules.check_folders(folders, f"trained {name}")
-        rules.check_controls(self.controls, self.weights)
-        if not self.sources:
-            raise ValueError("data names no task: give at least one")
-        quality_precision = self.precision if self.engine != "hf" else None
-        decode_paths.check_options(self.engine, quality_precision, None)
-        decode_paths.check_options(self.timing_engine or "hf", None, None)
-        if (
-            self.precision is not None
-            and self.engine == "hf"
-            and self.timing_engine in (None, "hf")
-        ):
-            raise ValueError("precision is of the native engine, and none is used")
-        layers = {
-            read_router_config(Path(folder)).num_layers
-            for folders in (self.first, *self.trained.values())
-            for found in folders.values()
-            for folder in found
-        }
-        if len(layers) > 1:
-            raise ValueError(f"the checkpoints are of models of {sorted(map(str, layers))} layers")
-
-    def methods(self, skip_rates: Sequence[float] | None) -> list[Method]:
-        rates = rules.rates_of(self.first, skip_rates)
-        return rules.make_methods(
-            self.first, self.trained, rates, self.controls, self.weights, self.effort.draws
-        )
-
-
-class _Run:
+class Run:
     """One evaluation."""
 
     def __init__(
         self,
-        request: _Request,
+        request: Request,
         methods: list[Method],
         output: Path,
         threads: int | None,
@@ -275,7 +188,7 @@ class _Run:
 
     def _run_group(self, group: list[Method]) -> None:
         """All methods that share weights: plans, then quality, then latency."""
-        weights = _Weights(self, group[0])
+        weights = Weights(self, group[0])
         for method in group:
             if (method.name, method.weights) == ("first", "first"):
                 self._find_first_plans(weights, method)
@@ -295,7 +208,7 @@ class _Run:
         self.state.wait_for_everyone()
         return self.store.read(key)
 
-    def _find_first_plans(self, weights: _Weights, method: Method) -> None:
+    def _find_first_plans(self, weights: Weights, method: Method) -> None:
         rate = method.skip_rate_asked
         key = {
             "what": "first",
@@ -322,12 +235,12 @@ class _Run:
             note = f"asked for {rate:.1%}, skips {achieved:.1%} of the test prompts' layers"
             self.notes[method.key].append(note)
 
-    def _routed(self, weights: _Weights, rate: float, examples: Sequence[Example]) -> torch.Tensor:
+    def _routed(self, weights: Weights, rate: float, examples: Sequence[Example]) -> torch.Tensor:
         """The routers' plans [N, L], in the batches in which they are measured."""
         data = EvaluationData([], list(examples), 0)
         batches = data.batches(self.effort.batch_size)
         found: list[Any] = [None] * len(examples)
-        with self._bar(f"plans at {rate:g}: examples", len(examples)) as update:
+        with self.bar(f"plans at {rate:g}: examples", len(examples)) as update:
             for batch in batches:
                 mask = weights.path.plans([examples[i] for i in batch], {"budget": rate})
                 for row, i in zip(mask, batch, strict=True):
@@ -341,7 +254,7 @@ class _Run:
         own = [m for m in candidates if m.checkpoint == method.checkpoint]
         return self.first_plans[(own or candidates)[0]]
 
-    def _plans_of(self, weights: _Weights, method: Method) -> torch.Tensor:
+    def _plans_of(self, weights: Weights, method: Method) -> torch.Tensor:
         """Keep mask [N, L] of a method on the test examples."""
         name, rate, count = method.name, method.skip_rate_asked, len(self.data.test)
         num_layers, protected = weights.num_layers, weights.protected
@@ -371,7 +284,7 @@ class _Run:
             plan = self._measured_plan(weights, name, rate)
         return torch.tensor(plan).expand(count, -1)
 
-    def _own_plans(self, weights: _Weights) -> torch.Tensor:
+    def _own_plans(self, weights: Weights) -> torch.Tensor:
         """Of a trained control: what its own routers, which carry its plan, say."""
         model = weights.model
         masks = [
@@ -383,7 +296,7 @@ class _Run:
             found |= {i: plan.to_mask() for i, plan in zip(batch, plans, strict=True)}
         return torch.stack([found[i] for i in range(len(found))])
 
-    def _exit_threshold(self, weights: _Weights, rate: float) -> float:
+    def _exit_threshold(self, weights: Weights, rate: float) -> float:
         """Of an early exit by confidence, found on validation examples."""
         examples = self._plan_examples()
         key = {
@@ -409,7 +322,7 @@ class _Run:
             ]
         ]
 
-    def _measured_plan(self, weights: _Weights, name: str, rate: float) -> list[bool]:
+    def _measured_plan(self, weights: Weights, name: str, rate: float) -> list[bool]:
         """Of greedy or block_influence; what is measured serves all rates."""
         examples = self._plan_examples()
         most = max(m.skip_rate_asked for m in self.methods)
@@ -420,21 +333,21 @@ class _Run:
         if name == "block_influence":
 
             def influence() -> list[float]:
-                with self._bar("block influence: examples", len(examples)) as update:
+                with self.bar("block influence: examples", len(examples)) as update:
                     return rules.block_influence(weights.model, examples, self.tokenizer, update)
 
             found = self._once(key, influence)
             return rules.controls.importance_plan(found, rate, weights.protected)
 
         def order() -> list[int]:
-            with self._bar("greedy plan: plans", None) as update:
+            with self.bar("greedy plan: plans", None) as update:
                 return rules.greedy_order(weights.model, examples, self.tokenizer, most, update)
 
         dropped = self._once({**key, "rate": most}, order)
         count = rules.controls.layers_to_drop(rate, weights.num_layers, weights.protected)
         return rules.controls.plan_without(weights.num_layers, dropped[:count])
 
-    def _static_plan(self, weights: _Weights, method: Method) -> list[bool]:
+    def _static_plan(self, weights: Weights, method: Method) -> list[bool]:
         rate, examples = method.skip_rate_asked, self._plan_examples()
         share = self._first_of(method).keep_share
         plans = {
@@ -453,7 +366,7 @@ class _Run:
 
     # ---- quality ----
 
-    def _key_of(self, weights: _Weights, method: Method) -> str:
+    def _key_of(self, weights: Weights, method: Method) -> str:
         return digest(
             {
                 "weights": weights.key, "plans": _bits(self.plans[method.key]),
@@ -472,7 +385,7 @@ class _Run:
             for task in self.data.tasks
         }
 
-    def _measure(self, weights: _Weights, method: Method) -> None:
+    def _measure(self, weights: Weights, method: Method) -> None:
         """The batches of this process that no file holds yet."""
         store = self.store.examples(method.key, self._key_of(weights, method))
         done = store.read()
@@ -480,14 +393,14 @@ class _Run:
         own = range(self.state.process_index, len(self.batches), self.state.num_processes)
         missing = [number for number in own if number not in done]
         store.begin()
-        with self._bar(f"{method.key}: batches", len(own)) as update:
+        with self.bar(f"{method.key}: batches", len(own)) as update:
             update(len(own) - len(missing))
             for number in missing:
                 batch = self.batches[number]
                 store.append(number, self._measure_batch(weights, method, batch))
                 update(1)
 
-    def _check_weights(self, weights: _Weights, group: Sequence[Method]) -> None:
+    def _check_weights(self, weights: Weights, group: Sequence[Method]) -> None:
         """Self-checks on the first batch."""
         examples = [self.data.test[i] for i in self.batches[0]]
         same = {"weights": weights.key, "test": self.prints["test"], **weights.quality_key}
@@ -513,7 +426,7 @@ class _Run:
             self.checks[f"the routers give the plans that are measured, {method.key}"] = found
 
     def _measure_batch(
-        self, weights: _Weights, method: Method, batch: Sequence[int]
+        self, weights: Weights, method: Method, batch: Sequence[int]
     ) -> list[ExampleResult]:
         examples = [self.data.test[i] for i in batch]
         keep = self.plans[method.key][batch]
@@ -545,7 +458,7 @@ class _Run:
         ]
 
     def _leave_early(
-        self, weights: _Weights, method: Method, examples: Sequence[Example], limit: int
+        self, weights: Weights, method: Method, examples: Sequence[Example], limit: int
     ) -> tuple[list[tuple[float, int]], list[tuple[str, float]], list[tuple[int, ...]]]:
         """(losses, answers, layers of the mean depth) of an early exit by confidence."""
         threshold, model, size = self.exits[method.key], weights.model, len(examples)
@@ -565,7 +478,7 @@ class _Run:
 
     # ---- latency ----
 
-    def _time(self, weights: _Weights, group: Sequence[Method]) -> None:
+    def _time(self, weights: Weights, group: Sequence[Method]) -> None:
         group = [method for method in group if method.key not in self.exits]
         if not self.main or not group:
             return
@@ -591,7 +504,7 @@ class _Run:
             "effort": [self.effort.new_tokens, self.effort.repeats],
             "cpu": figures.cpu_model(), "version": firstlm.__version__,
         }  # fmt: skip
-        with self._bar(f"latency of {len(arms)} methods: prompts", len(chosen)) as update:
+        with self.bar(f"latency of {len(arms)} methods: prompts", len(chosen)) as update:
             self.timings |= timing.time_methods(
                 weights.timing_path(group), [self.data.test[i] for i in chosen], arms,
                 weights.num_layers, new_tokens=self.effort.new_tokens,
@@ -605,7 +518,7 @@ class _Run:
     def _collect(self) -> Evaluation:
         results = []
         for method in self.methods:
-            weights = _Weights(self, method)
+            weights = Weights(self, method)
             done = self.store.examples(method.key, self._key_of(weights, method)).read()
             by_index = {
                 i: result
@@ -644,111 +557,8 @@ class _Run:
             "seed": self.seed,
         }
 
-    def _bar(self, what: str, total: int | None) -> Any:
+    def bar(self, what: str, total: int | None) -> Any:
         return bar(what, total, self.show)
-
-
-class _Weights:
-    """The weights of a group of methods, loaded when they are first needed.
-
-    Attributes:
-        key: changes when the files do.
-        quality_key: what figures of quality depend on beside the plans.
-        thresholds: found ones, by rate.
-    """
-
-    def __init__(self, run: _Run, method: Method) -> None:
-        self._run, self._method = run, method
-        folder = method.checkpoint or next(m.checkpoint for m in run.methods if m.checkpoint)
-        assert folder is not None
-        self._folder, self._is_base = folder, method.weights == "base"
-        folders = source_folders(folder)
-        self.key = source_key(folders[1:] if self._is_base else folders)
-        config = read_router_config(Path(folder))
-        assert config.num_layers is not None
-        self.num_layers = config.num_layers
-        self._config = config.resolved(config.num_layers)
-        self.protected = self._config.protected
-        request = run.request
-        self.quality_key = {
-            "engine": request.engine,
-            "precision": request.precision if request.engine != "hf" else None,
-            "dtype": str(request.dtype),
-            "batch_size": run.effort.batch_size,
-            "prefill": config.prefill,
-        }
-        self.thresholds: dict[float, list[float]] = {}
-        self._model: Any = None
-        self._path: DecodePath | None = None
-
-    @property
-    def model(self) -> Any:
-        if self._model is None:
-            options = {"adapter": False} if self._is_base else {"merge_adapter": True}
-            model = loading.from_pretrained(self._folder, dtype=self._run.request.dtype, **options)
-            self._model = model.to(self._run.state.device)
-        return self._model
-
-    @property
-    def path(self) -> DecodePath:
-        """What quality is measured on."""
-        if self._path is None:
-            request = self._run.request
-            model, is_hf = self.model, request.engine == "hf"
-            if not is_hf:
-                self._find_all_thresholds()
-            self._path = decode_paths.open_path(
-                model, self._run.tokenizer, request.engine,
-                None if is_hf else request.precision, None, self._run.threads, self._run.show,
-            )  # fmt: skip
-        return self._path
-
-    def timing_path(self, group: Sequence[Method]) -> DecodePath:
-        """What latency is measured on."""
-        request = self._run.request
-        kind = request.timing_engine
-        assert kind is not None
-        for rate, thresholds in self.thresholds.items():
-            self.use_thresholds(rate, thresholds)
-        if self._path is not None and self._path.facts["engine"] == "native" and kind != "hf":
-            return self._path
-        return decode_paths.open_path(
-            self.model, self._run.tokenizer, kind,
-            None if kind == "hf" else request.precision, None, self._run.threads, self._run.show,
-        )  # fmt: skip
-
-    def pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        from firstlm.data import pad_prompts
-
-        return pad_prompts([e.prompt_ids for e in examples], self._run.tokenizer)
-
-    def _find_all_thresholds(self) -> None:
-        """An engine keeps the thresholds that the model has when it is made."""
-        for method in self._run.methods:
-            own = method.checkpoint == self._method.checkpoint
-            if own and (method.name, method.weights) == ("first", "first"):
-                self.use_thresholds(method.skip_rate_asked, None)
-
-    def use_thresholds(self, rate: float, found: list[float] | None) -> list[float]:
-        """Makes `budget=rate` mean thresholds of that rate: found ones, the checkpoint's own, or
-        new ones from validation examples."""
-        model = self.model
-        known = found or self.thresholds.get(rate) or self._config.calibration.get(rate_key(rate))
-        if known is None:
-            prompts = [example.prompt_ids for example in self._run.data.validation]
-            with self._run._bar(f"thresholds for {rate:g}: prompts", None) as update:
-                known = calibrate_thresholds(model, prompts, [rate], prompts_done=update)[
-                    rate_key(rate)
-                ]
-        known = list(known)
-        for layer in self.protected:  # so that they are kept where any plan is allowed, too
-            known[layer] = 0.0
-        self.thresholds[rate] = known
-        config = model.router_config
-        model.router_config = dataclasses.replace(
-            config, calibration={**config.calibration, rate_key(rate): known}
-        )
-        return known
 
 
 def _groups(methods: Sequence[Method]) -> list[list[Method]]:
