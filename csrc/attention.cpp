@@ -38,14 +38,13 @@ const T* slot(const CacheView& cache, int64_t r, int64_t h, int64_t c) {
 }
 
 template <class T>
-void scale_queries(const DecodeAttention& attention, const Scratch<Accumulator<T>>& scratch) {
-  const auto scale = static_cast<Accumulator<T>>(attention.scale);
+void widen_queries(const DecodeAttention& attention, const Scratch<Accumulator<T>>& scratch) {
   Accumulator<T>* to = scratch.queries;
   for (int64_t r = 0; r < attention.R; ++r) {
     for (int64_t h = 0; h < attention.Hq; ++h, to += scratch.D_padded) {
       const T* from =
           static_cast<const T*>(attention.query) + r * attention.stride_R + h * attention.stride_H;
-      for (int64_t d = 0; d < attention.D; ++d) to[d] = scale * widen(from[d]);
+      for (int64_t d = 0; d < attention.D; ++d) to[d] = widen(from[d]);
       std::fill(to + attention.D, to + scratch.D_padded, Accumulator<T>(0));
     }
   }
@@ -71,6 +70,7 @@ void attend_split(const Kernels& kernels, const DecodeAttention& attention,
       .values = slot<T>(attention.values, r, h, first),
       .stride_keys = attention.keys.stride_C,
       .stride_values = attention.values.stride_C,
+      .scale = attention.scale,
       .soft_cap = attention.soft_cap,
       .stride_totals = S,
       .stride_sums = S * D_padded,
@@ -151,7 +151,7 @@ void decode_attention(const Kernels& kernels, const DecodeAttention& attention, 
   with_element_type(attention.dtype, [&](auto element) {
     using T = decltype(element);
     const Scratch<Accumulator<T>> scratch(attention, scratch_data);
-    scale_queries<T>(attention, scratch);
+    widen_queries<T>(attention, scratch);
     attend_all<T>(kernels, attention, threads, scratch);
     const int64_t S = scratch.S;
     const int64_t partial_bytes = heads * S * scratch.D_padded * int64_t(sizeof(Accumulator<T>));

@@ -188,7 +188,6 @@ void Decoder::Pass::attend_group(Share share, int64_t layer, int64_t segment, in
   }
   rotate_queries(layer, token, first_of(segment), kv_head, queries);
   for (float* query = queries; query < queries + G * padded; query += padded) {
-    for (int64_t k = 0; k < d; ++k) query[k] *= static_cast<float>(config.attention_scale);
     std::fill(query + d, query + padded, 0.0f);
   }
   const int64_t at = (token * config.Hq + kv_head * G) * splits;
@@ -206,6 +205,7 @@ void Decoder::Pass::attend_group(Share share, int64_t layer, int64_t segment, in
         .values = slot_of(of.values, of, kv_head, slot, d, dtype),
         .stride_keys = d,
         .stride_values = d,
+        .scale = config.attention_scale,
         .soft_cap = 0,
         .stride_totals = splits,
         .stride_sums = splits * padded,

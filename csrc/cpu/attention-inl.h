@@ -43,12 +43,27 @@ void for_each_pass(int64_t heads, const Body& body) {
   }
 }
 
-// The first n < kLanes elements, then zeros.
-template <class Vec, class T>
-Vec load_first(const T* from, int64_t n) {
-  T lanes[Vec::kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
-  return Vec::load(lanes);
+// Elements of T as vectors of the accumulator's type: how values are read, and keys where an
+// instruction set has nothing better. What takes its place also says what queries are made of.
+template <class T>
+struct Widened {
+  using Vec = typename VecOf<T>::type;
+  using Query = Accumulator<T>;
+  static constexpr int kElements = Vec::kLanes;  // of a vector
+
+  template <class Element>
+  static Vec load(const Element* from) {
+    return Vec::load(from);
+  }
+  static Vec fma(Vec key, Vec query, Vec sum) { return Vec::fma(key, query, sum); }
+};
+
+// The first n < kElements elements, then zeros.
+template <class Form, class T>
+auto load_first(const T* from, int64_t n) {
+  T elements[Form::kElements] = {};
+  for (int64_t i = 0; i < n; ++i) elements[i] = from[i];
+  return Form::load(elements);
 }
 
 // Bytes to be prefetched, in the order of memory: in another order they arrive slower.
@@ -95,9 +110,9 @@ Ahead ahead_of(const AttentionSplit& split, int64_t slot) {
 
 // Loops over the accumulators are unrolled early, or gcc keeps these arrays in memory.
 
-// queries [kHeads, D_padded], keys [kKeys, D] -> scores [kHeads, kKeys] in rows of kSlotsPerSplit.
-template <class T, int kHeads, int kKeys>
-Ahead score_keys(const AttentionSplit& split, const Accumulator<T>* queries, const T* keys,
+// queries [kHeads, padded D], keys [kKeys, D] -> scores [kHeads, kKeys] in rows of kSlotsPerSplit.
+template <class T, class Form, int kHeads, int kKeys>
+Ahead score_keys(const AttentionSplit& split, const typename Form::Query* queries, const T* keys,
                  Ahead ahead, Accumulator<T>* scores) {
   using Vec = typename VecOf<T>::type;
   const int64_t D = split.D, D_padded = padded_head_dim(D);
@@ -107,22 +122,22 @@ Ahead score_keys(const AttentionSplit& split, const Accumulator<T>* queries, con
 #pragma GCC unroll 4
     for (int k = 0; k < kKeys; ++k) sums[h][k] = Vec::zero();
   }
-  const auto add = [&](Vec key, int k, int64_t d) {
+  const auto add = [&](auto key, int k, int64_t d) {
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
-      sums[h][k] = Vec::fma(key, Vec::load(queries + h * D_padded + d), sums[h][k]);
+      sums[h][k] = Form::fma(key, Form::load(queries + h * D_padded + d), sums[h][k]);
     }
   };
   int64_t d = 0;
-  for (; d + Vec::kLanes <= D; d += Vec::kLanes) {
-    ahead.fetch<kKeys * Vec::kLanes * int64_t(sizeof(T))>();
+  for (; d + Form::kElements <= D; d += Form::kElements) {
+    ahead.fetch<kKeys * Form::kElements * int64_t(sizeof(T))>();
 #pragma GCC unroll 4
-    for (int k = 0; k < kKeys; ++k) add(Vec::load(keys + k * split.stride_keys + d), k, d);
+    for (int k = 0; k < kKeys; ++k) add(Form::load(keys + k * split.stride_keys + d), k, d);
   }
   if (d < D) {
 #pragma GCC unroll 4
     for (int k = 0; k < kKeys; ++k) {
-      add(load_first<Vec>(keys + k * split.stride_keys + d, D - d), k, d);
+      add(load_first<Form>(keys + k * split.stride_keys + d, D - d), k, d);
     }
   }
 #pragma GCC unroll 4
@@ -137,8 +152,8 @@ Ahead score_keys(const AttentionSplit& split, const Accumulator<T>* queries, con
   return ahead;
 }
 
-template <class T>
-void score_split(const AttentionSplit& split, const Accumulator<T>* queries, int64_t heads,
+template <class T, class Form>
+void score_split(const AttentionSplit& split, const typename Form::Query* queries, int64_t heads,
                  Accumulator<T>* scores) {
   using Vec = typename VecOf<T>::type;
   constexpr int kKeys = 4;
@@ -149,42 +164,42 @@ void score_split(const AttentionSplit& split, const Accumulator<T>* queries, int
     const T* keys = static_cast<const T*>(split.keys) + first * split.stride_keys;
     const Ahead of_block = ahead_of<T>(split, first);
     for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
-      const Accumulator<T>* of_heads = queries + g * D_padded;
+      const typename Form::Query* of_heads = queries + g * D_padded;
       Accumulator<T>* to = scores + g * kSlotsPerSplit + first;
       Ahead ahead = g == 0 ? of_block : Ahead::nothing(split.keys);
       const T* key = keys;
       int64_t i = 0;
       for (; i + kKeys <= n; i += kKeys, key += kKeys * split.stride_keys) {
-        ahead = score_keys<T, count.value, kKeys>(split, of_heads, key, ahead, to + i);
+        ahead = score_keys<T, Form, count.value, kKeys>(split, of_heads, key, ahead, to + i);
       }
       for (; i < n; ++i, key += split.stride_keys) {
-        ahead = score_keys<T, count.value, 1>(split, of_heads, key, ahead, to + i);
+        ahead = score_keys<T, Form, count.value, 1>(split, of_heads, key, ahead, to + i);
       }
     });
   }
 }
 
-// scores [n] of one head -> exp(score - maximum), in place, after the soft cap. What follows them
-// up to a whole vector is overwritten.
+// scores [n] of one head -> exp(score - maximum), in place, after the scale and the soft cap. What
+// follows them up to a whole vector is overwritten.
 template <class Vec, class Scalar>
-void weigh(Scalar* scores, int64_t n, Scalar soft_cap, Scalar* maximum, Scalar* total) {
+void weigh(Scalar* scores, int64_t n, Scalar scale, Scalar soft_cap, Scalar* maximum,
+           Scalar* total) {
   constexpr Scalar kInfinity = Scalar(__builtin_inf());
-  for (int64_t i = n; i % Vec::kLanes != 0; ++i) scores[i] = -kInfinity;
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    (Vec::load(scores + i) * Vec::broadcast(scale)).store(scores + i);
+  }
   if (soft_cap > 0) {
     const Vec cap = Vec::broadcast(soft_cap);
     for (int64_t i = 0; i < n; i += Vec::kLanes) {
       (cap * tanh(Vec::load(scores + i) / cap)).store(scores + i);
     }
-    for (int64_t i = n; i % Vec::kLanes != 0; ++i) scores[i] = -kInfinity;
   }
+  for (int64_t i = n; i % Vec::kLanes != 0; ++i) scores[i] = -kInfinity;
   Vec greatest = Vec::broadcast(-kInfinity);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
     greatest = Vec::max(Vec::load(scores + i), greatest);
   }
-  Scalar lanes[Vec::kLanes];
-  greatest.store(lanes);
-  *maximum = lanes[0];
-  for (const Scalar lane : lanes) *maximum = lane > *maximum ? lane : *maximum;
+  *maximum = greatest.greatest();
 
   // Finite, so that scores of minus infinity weigh nothing rather than NaN.
   const Vec base = Vec::max(Vec::broadcast(MathOf<Vec>::kLowest), Vec::broadcast(*maximum));
@@ -220,8 +235,8 @@ Ahead add_values(const AttentionSplit& split, const Accumulator<T>* weights, con
     ahead.fetch<kColumns * Vec::kLanes * int64_t(sizeof(T))>();
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
-      const Vec value =
-          kVectors > 0 ? Vec::load(values + c * Vec::kLanes) : load_first<Vec>(values, width);
+      const Vec value = kVectors > 0 ? Vec::load(values + c * Vec::kLanes)
+                                     : load_first<Widened<T>>(values, width);
 #pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) sum[h][c] = Vec::fma(value, weight[h], sum[h][c]);
     }
@@ -266,24 +281,39 @@ void sum_split(const AttentionSplit& split, const Accumulator<T>* weights, int64
   }
 }
 
-template <class T>
-void attend(const AttentionSplit& split) {
+// Query heads [g, g + heads), at most kHeadsPerChunk; their queries.
+template <class T, class Form>
+void attend_chunk(const AttentionSplit& split, int64_t g, int64_t heads,
+                  const typename Form::Query* queries) {
   using Sum = Accumulator<T>;
   using Vec = typename VecOf<T>::type;
   const int64_t D_padded = padded_head_dim(split.D);
   Sum scores[kHeadsPerChunk * kSlotsPerSplit];
-  for (int64_t g = 0; g < split.G; g += kHeadsPerChunk) {
-    const int64_t heads = split.G - g < kHeadsPerChunk ? split.G - g : kHeadsPerChunk;
-    score_split<T>(split, static_cast<const Sum*>(split.queries) + g * D_padded, heads, scores);
-    Sum* sums = static_cast<Sum*>(split.sums) + g * split.stride_sums;
-    for (int64_t h = 0; h < heads; ++h) {
-      const int64_t at = (g + h) * split.stride_totals;
-      weigh<Vec>(scores + h * kSlotsPerSplit, split.slots, Sum(split.soft_cap),
-                 static_cast<Sum*>(split.maxima) + at, static_cast<Sum*>(split.totals) + at);
-      for (int64_t d = 0; d < D_padded; ++d) sums[h * split.stride_sums + d] = 0;
-    }
-    sum_split<T>(split, scores, heads, sums);
+  score_split<T, Form>(split, queries, heads, scores);
+  Sum* sums = static_cast<Sum*>(split.sums) + g * split.stride_sums;
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t at = (g + h) * split.stride_totals;
+    weigh<Vec>(scores + h * kSlotsPerSplit, split.slots, Sum(split.scale), Sum(split.soft_cap),
+               static_cast<Sum*>(split.maxima) + at, static_cast<Sum*>(split.totals) + at);
+    for (int64_t d = 0; d < D_padded; ++d) sums[h * split.stride_sums + d] = 0;
   }
+  sum_split<T>(split, scores, heads, sums);
+}
+
+// body(first head, heads)
+template <class Body>
+void for_each_chunk(const AttentionSplit& split, const Body& body) {
+  for (int64_t g = 0; g < split.G; g += kHeadsPerChunk) {
+    body(g, split.G - g < kHeadsPerChunk ? split.G - g : kHeadsPerChunk);
+  }
+}
+
+template <class T>
+void attend(const AttentionSplit& split) {
+  const auto* queries = static_cast<const Accumulator<T>*>(split.queries);
+  for_each_chunk(split, [&](int64_t g, int64_t heads) {
+    attend_chunk<T, Widened<T>>(split, g, heads, queries + g * padded_head_dim(split.D));
+  });
 }
 
 inline float exp_scalar(float x) { return __builtin_expf(x); }

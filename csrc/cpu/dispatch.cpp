@@ -15,6 +15,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const LinearKernels linear_int8_avx512_vnni, linear_int4_avx512_vnni;
 extern const LinearKernels linear_bf16_avx512_bf16;
+extern void (*const attend_bf16_avx512_bf16)(const AttentionSplit& split);
 #endif
 #ifdef FIRSTLM_ARM
 extern const Kernels kernels_neon;
@@ -39,6 +40,7 @@ Kernels make_avx512_bf16() {
   Kernels table = make_avx512_vnni();
   table.isa = "avx512_bf16";
   linear(table, Precision::kBFloat16) = linear_bf16_avx512_bf16;
+  table.attend[static_cast<int>(DType::kBFloat16)] = attend_bf16_avx512_bf16;
   return table;
 }
 

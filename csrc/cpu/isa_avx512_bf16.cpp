@@ -11,11 +11,18 @@ namespace {
 #include "dot_avx512.h"
 // After all of these.
 #include "linear-inl.h"
-// After the formats that it is one more of.
+#include "vec_math-inl.h"
+// After the functions that it calls.
+#include "attention-inl.h"
+// After the formats that they are one more of.
+#include "attention_avx512_bf16.h"
 #include "dot_avx512_bf16.h"
 }  // namespace
 
 extern const LinearKernels linear_bf16_avx512_bf16;
 const LinearKernels linear_bf16_avx512_bf16 = make_linear<BFloat16PairLines>();
+
+extern void (*const attend_bf16_avx512_bf16)(const AttentionSplit& split);
+void (*const attend_bf16_avx512_bf16)(const AttentionSplit& split) = attend_in_pairs;
 
 }  // namespace firstlm

@@ -2,14 +2,7 @@
 // this file inside an anonymous namespace. Nothing of std is used here: an instantiation compiled
 // for AVX-512 could be the one that the linker keeps for everybody.
 
-template <class T>
-struct VecOf {
-  using type = F32;
-};
-template <>
-struct VecOf<double> {
-  using type = F64;
-};
+#include "vec_math-inl.h"
 
 template <int kCount, class T>
 void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumulator<T>* sums) {
@@ -162,8 +155,6 @@ void copy_rows(const RowCopy& rows) {
   });
 }
 
-#include "vec_math-inl.h"
-// After the functions that it calls.
 #include "attention-inl.h"
 #include "elementwise-inl.h"
 #include "linear-inl.h"

@@ -36,10 +36,11 @@ constexpr int64_t padded_head_dim(int64_t D) { return (D + 15) / 16 * 16; }
 struct AttentionSplit {
   int64_t G, D, slots;        // slots in [1, kSlotsPerSplit]
   int64_t next_slots;         // that follow them and are the next to be read, 0 if not known
-  const void* queries;        // [G, padded D], times the scale; zeros beyond D
+  const void* queries;        // [G, padded D]; zeros beyond D
   const void *keys, *values;  // [slots, D] from the first slot on
   int64_t stride_keys;        // elements from slot to slot
   int64_t stride_values;      //
+  double scale;               // of the scores
   double soft_cap;            // scores become cap * tanh(score / cap) if positive
   int64_t stride_totals;      // elements from query head to query head
   int64_t stride_sums;        //

@@ -75,7 +75,7 @@ void widen_rows(const T* from, int64_t count, int64_t D, float* to) {
   for (int64_t s = 0; s < count; ++s, from += D, to += D_padded) {
     int64_t d = 0;
     for (; d + F32::kLanes <= D; d += F32::kLanes) F32::load(from + d).store(to + d);
-    if (d < D) load_first<F32>(from + d, D - d).store(to + d);
+    if (d < D) load_first<Widened<T>>(from + d, D - d).store(to + d);
   }
 }
 

@@ -51,14 +51,12 @@ struct F32 {
   }
 
   static void store_sums(const F32 (&v)[4], float* to) {
-    const __m512 ab = halves_added(v[0].v, v[1].v), cd = halves_added(v[2].v, v[3].v);
-    // Quarters of 128 bits: one for each of the four vectors.
-    __m512 x =
-        _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
-    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
-    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, x)));
+    // Shuffles within 128 bits run beside fmas, those across compete with them.
+    const __m512 ab = pairs_added(v[0].v, v[1].v), cd = pairs_added(v[2].v, v[3].v);
+    const __m512 x =
+        _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+    const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
   }
 
   // Integers that int8 holds.
@@ -75,9 +73,9 @@ struct F32 {
   static void end_streams() { _mm_sfence(); }
 
  private:
-  // In 256 bits each: the lower half of a plus its upper half, then b's.
-  static __m512 halves_added(__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  // In 128 bits each: the lower half of a plus its upper half, then b's.
+  static __m512 pairs_added(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_mask_mov_ps(a, 0xcccc, b), _mm512_shuffle_ps(a, b, 0x4e));
   }
   static __m256i load_16_bit(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -116,4 +114,5 @@ struct F64 {
   }
 
   double sum() const { return _mm512_reduce_add_pd(v); }
+  double greatest() const { return _mm512_reduce_max_pd(v); }
 };

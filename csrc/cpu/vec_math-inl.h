@@ -1,6 +1,16 @@
 // Elementary functions over F32 and F64 of a vec_*.h, to within a few units in the last place.
 // Include after it, inside the same anonymous namespace.
 
+// The vectors that elements of T are computed with.
+template <class T>
+struct VecOf {
+  using type = F32;
+};
+template <>
+struct VecOf<double> {
+  using type = F64;
+};
+
 template <class Vec>
 struct MathOf;
 

@@ -103,4 +103,5 @@ struct F64 {
   }
 
   double sum() const { return vaddvq_f64(v); }
+  double greatest() const { return vmaxvq_f64(v); }
 };

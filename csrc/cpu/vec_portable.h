@@ -84,7 +84,7 @@ struct PortableVec {
     return total;
   }
 
-  // F32 only, no NaNs.
+  // No NaNs.
   Scalar greatest() const {
     Scalar greatest = lane[0];
     for (int i = 1; i < kWidth; ++i) greatest = lane[i] > greatest ? lane[i] : greatest;
