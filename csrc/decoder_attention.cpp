@@ -25,43 +25,38 @@ char* slot_of(void* data, const LayerCache& cache, int64_t head, int64_t slot, i
 
 }  // namespace
 
+// A query or key head, normalised where `norm` is given, and rotated as the layer says.
+void Decoder::Pass::rotate_head(int64_t layer, int64_t row, const float* from, const float* norm,
+                                float* to) const {
+  const int64_t d = config.head_dim, half = decoder.rope_.rotated_dim() / 2;
+  if (norm) {
+    rms_norm(kernels, from, norm, d, config.norm_eps, to);
+  } else {
+    std::copy_n(from, d, to);
+  }
+  if (config.rotates[layer]) {
+    rotate(kernels, shared.cosines.data() + row * half, shared.sines.data() + row * half, half, to);
+  }
+}
+
 // The queries of a group, ready to be multiplied with keys: to [G, head_dim] in rows of padded
 // head_dim, without the scale.
 void Decoder::Pass::rotate_queries(int64_t layer, int64_t token, int64_t row, int64_t kv_head,
                                    float* to) const {
   const int64_t d = config.head_dim, padded = padded_head_dim(d);
-  const LayerWeights& weights = decoder.weights_.layers[layer];
-  const int64_t half = decoder.rope_.rotated_dim() / 2;
+  const float* norm = decoder.weights_.layers[layer].query_norm;
   const float* from = shared.projected.data() + token * width + kv_head * group() * d;
-  for (int64_t g = 0; g < group(); ++g, from += d, to += padded) {
-    if (weights.query_norm) {
-      rms_norm(kernels, from, weights.query_norm, d, config.norm_eps, to);
-    } else {
-      std::copy_n(from, d, to);
-    }
-    if (config.rotates[layer]) {
-      rotate(kernels, shared.cosines.data() + row * half, shared.sines.data() + row * half, half,
-             to);
-    }
+  for (int64_t g = 0; g < group(); ++g) {
+    rotate_head(layer, row, from + g * d, norm, to + g * padded);
   }
 }
 
 void Decoder::Pass::store_token(int64_t layer, const LayerCache& cache, int64_t token, int64_t row,
                                 int64_t kv_head, int64_t slot, float* scratch) const {
   const int64_t d = config.head_dim;
-  const LayerWeights& weights = decoder.weights_.layers[layer];
-  const int64_t half = decoder.rope_.rotated_dim() / 2;
   const float* key = shared.projected.data() + token * width + (config.Hq + kv_head) * d;
   const float* value = key + config.H * d;
-  if (weights.key_norm) {
-    rms_norm(kernels, key, weights.key_norm, d, config.norm_eps, scratch);
-  } else {
-    std::copy_n(key, d, scratch);
-  }
-  if (config.rotates[layer]) {
-    rotate(kernels, shared.cosines.data() + row * half, shared.sines.data() + row * half, half,
-           scratch);
-  }
+  rotate_head(layer, row, key, decoder.weights_.layers[layer].key_norm, scratch);
   const DType dtype = config.cache_dtype;
   store_elements(dtype, scratch, d, slot_of(cache.keys, cache, kv_head, slot, d, dtype));
   store_elements(dtype, value, d, slot_of(cache.values, cache, kv_head, slot, d, dtype));

@@ -122,6 +122,8 @@ struct Decoder::Pass {
   void attend_group(Share share, int64_t layer, int64_t segment, int64_t token, int64_t kv_head,
                     int64_t first, int64_t last);
   void merge_head(int64_t token, int64_t head, int64_t count);
+  void rotate_head(int64_t layer, int64_t row, const float* from, const float* norm,
+                   float* to) const;
   void rotate_queries(int64_t layer, int64_t token, int64_t row, int64_t kv_head, float* to) const;
   void store_token(int64_t layer, const LayerCache& cache, int64_t token, int64_t row,
                    int64_t kv_head, int64_t slot, float* scratch) const;
