@@ -95,30 +95,26 @@ def router_head(
     """
 
     dtype = pooled.dtype
+    # Short prompts feel every call: parameters that have the type already go on as they are.
+    if weight.dtype is not dtype or bias.dtype is not dtype or out_weight is not None:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        out_weight, out_bias = _as_type(out_weight, dtype), _as_type(out_bias, dtype)
     head = _native.router_head if _is_eager(pooled) else _head
-    return head(
-        pooled,
-        _as_type(weight, dtype),
-        _as_type(bias, dtype),
-        _as_type(out_weight, dtype),
-        _as_type(out_bias, dtype),
-        norm_eps,
-    )
+    return head(pooled, weight, bias, out_weight, out_bias, norm_eps)
 
 
 def _as_type(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if parameter is None or parameter.dtype == dtype:
-        return parameter
-    return parameter.to(dtype)
+    return None if parameter is None else parameter.to(dtype)
 
 
 def _is_eager(tensor: Tensor) -> bool:
     """Whether `_native` may call the op: twice as fast, but torch.compile and subclasses' own
     __torch_function__ see only what torch.ops has."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and _native is not None
+    return type(tensor) is Tensor and _native is not None and not _is_compiling()
 
 
 # Looked up once: of short prompts, the lookup would be a good part of the time.
+_is_compiling = torch.compiler.is_compiling
 _pool = torch.ops.firstlm.router_pool.default
 _pool_packed = torch.ops.firstlm.router_pool_packed.default
 _head = torch.ops.firstlm.router_head.default
