@@ -124,10 +124,10 @@ def test_distance_from_init_is_the_norm_of_what_moved(report, model):
 
 
 def test_every_prompt_gets_another_prompts_plan_when_plans_are_shuffled(model):
-    from firstlm.health import _derangement
+    from firstlm.health import derangement
 
     for count in (1, 2, 7, 20):
-        order = _derangement(count, seed=0).tolist()
+        order = derangement(count, seed=0).tolist()
         assert sorted(order) == list(range(count))
         assert count == 1 or all(i != j for i, j in enumerate(order))
 
