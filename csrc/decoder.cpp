@@ -46,7 +46,8 @@ void check_config(const DecoderConfig& config) {
           "rotates and windows need one entry a layer");
   require(config.cache_dtype == DType::kFloat32 || config.cache_dtype == DType::kBFloat16,
           "keys and values are kept in float32 or bfloat16");
-  require(config.chunk_tokens > 1, "chunk_tokens must be 2 or more");
+  // A prompt of more tokens can then be cut without a piece of a single token, see cut.
+  require(config.chunk_tokens > 2, "chunk_tokens must be 3 or more");
 }
 
 void check_weights(const DecoderConfig& config, const DecoderWeights& weights) {
@@ -144,7 +145,8 @@ Decoder::Pass::Pass(Decoder& decoder, Team& team, std::vector<Segment>& given, f
 }
 
 // A given segment of more tokens than a chunk takes becomes several of about the same size, none of
-// a single token. A chunk takes as many segments as fit.
+// a single token: those have an attention of their own, which differs in the last bits. A chunk
+// takes as many segments as fit.
 void Decoder::Pass::cut() {
   segments.clear();
   shared.pieces.assign(1, 0);
