@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets as hf_datasets
@@ -30,6 +31,7 @@ from firstlm.run_folder import RunFolder
 from firstlm.train_config import DataConfig
 from firstlm.train_data import load_train_data
 from firstlm.trainer import Trainer
+from firstlm.training import resolve_auto
 from tiny_models import routed_model, tiny_base_path
 from tiny_training import COLLATOR, examples
 from train_once import datasets, run, settings
@@ -534,6 +536,18 @@ def test_what_a_killed_publisher_left_goes_with_the_next_one(tmp_path):
     with staged_folder(tmp_path / "f") as staging:
         (staging / "x").write_text("newer")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".g.old.3", "f"]
+
+
+@pytest.mark.parametrize(("fast", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_bfloat16_where_it_is_fast_and_asking_for_it_elsewhere_warns(
+    fast, chosen, base, tmp_path, monkeypatch, recwarn
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    config = firstlm.TrainConfig.from_dict(settings(base, str(tmp_path)))
+    assert resolve_auto(replace(config, dtype="auto")).dtype == chosen
+    assert not recwarn
+    assert resolve_auto(replace(config, dtype="bfloat16")).dtype == "bfloat16"
+    assert len(recwarn) == (not fast)
 
 
 def test_settings_of_the_tests_are_valid(base):
