@@ -162,15 +162,27 @@ def test_neither_threads_nor_the_batch_change_a_bit(dtype, kind, windows):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_our_own_call_is_that_of_torch_ops(requires_grad):
-    hidden = torch.randn(2, 7, 5, requires_grad=requires_grad)
-    prompt_mask = torch.ones(2, 7, dtype=torch.bool)
-    pooled = ops.router_pool(hidden, prompt_mask, "windowed_mean", 2)
-    assert torch.equal(pooled, POOL(hidden, prompt_mask, "windowed_mean", 2))
-    parameters = (torch.randn(3, 10), torch.randn(3), torch.randn(1, 3), torch.randn(1))
-    logit = ops.router_head(pooled, *parameters, norm_eps=1e-6)
-    assert torch.equal(logit, HEAD(pooled, *parameters, 1e-6))
-    assert pooled.requires_grad is logit.requires_grad is requires_grad
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_scores_as_the_two_ops_do(dtype, units, requires_grad):
+    hidden = torch.randn(2, 7, 5).to(dtype).requires_grad_(requires_grad)
+    prompt_mask, offsets = torch.ones(2, 7, dtype=torch.bool), torch.tensor([0, 7, 14])
+    head = [torch.randn(units, 10).to(dtype), torch.randn(units)]
+    head += [torch.randn(1, units), torch.randn(1)] if units > 1 else [None, None]
+    pooled = POOL(hidden, prompt_mask, "windowed_mean", 2)
+    expected = ops.router_head(pooled, *head, norm_eps=1e-6)
+    options = (*head, 1e-6, "windowed_mean", 2)
+    for found in (
+        ops.router_score(hidden, prompt_mask, *options),
+        ops.router_score_packed(hidden.flatten(0, 1), offsets, *options),
+    ):
+        assert torch.equal(found, expected) and found.requires_grad is requires_grad
+        if requires_grad:
+            grads = [
+                torch.autograd.grad(y.sum(), hidden, retain_graph=True)[0]
+                for y in (found, expected)
+            ]
+            assert torch.equal(*grads)
 
 
 def test_tensor_subclasses_see_the_ops():
@@ -182,8 +194,9 @@ def test_tensor_subclasses_see_the_ops():
             seen.append(function)
             return super().__torch_function__(function, types, args, kwargs)
 
-    ops.router_pool(torch.ones(1, 2, 3).as_subclass(Noting), torch.ones(1, 2, dtype=torch.bool))
-    assert POOL in seen
+    hidden, mask = torch.ones(1, 2, 3).as_subclass(Noting), torch.ones(1, 2, dtype=torch.bool)
+    ops.router_score(hidden, mask, torch.ones(1, 3), torch.ones(1))
+    assert POOL in seen and HEAD in seen
 
 
 def test_a_row_without_a_prompt_is_zeros():
@@ -420,8 +433,10 @@ def test_meta_tensors_have_the_shape_and_type_of_the_result(op, args):
 
 def test_compiles_without_graph_breaks():
     def score(hidden, prompt_mask, weight, bias):
-        pooled = ops.router_pool(hidden, prompt_mask, "windowed_mean", 2)
-        return torch.sigmoid(ops.router_head(pooled, weight, bias, norm_eps=1e-6))
+        logit = ops.router_score(
+            hidden, prompt_mask, weight, bias, norm_eps=1e-6, kind="windowed_mean", windows=2
+        )
+        return torch.sigmoid(logit)
 
     compiled = torch.compile(score, fullgraph=True, dynamic=True, backend="aot_eager")
     for B, T in [(2, 5), (3, 9)]:

@@ -48,36 +48,49 @@ uint64_t read_tensor(const Tensor& tensor) {
   return read_all(tensor.const_data_ptr(), static_cast<int64_t>(tensor.nbytes()), num_threads());
 }
 
-// --- Ops of short prompts, of whose time torch.ops' reading of Python arguments is a good part ---
+// --- Router scoring: of short prompts' time, torch.ops' reading of Python arguments is a good part
+// -
 
-Tensor router_pool(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
-                   int64_t windows) {
+using OptionalTensor = std::optional<Tensor>;
+
+struct Head {
+  const Tensor &weight, &bias;
+  const OptionalTensor &out_weight, &out_bias;
+  double norm_eps;
+};
+
+Tensor score(const Tensor& pooled, const Head& head) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("firstlm::router_head", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&,
+                                           const OptionalTensor&, const OptionalTensor&, double)>();
+  const auto as_pooled = [&](const Tensor& parameter) {
+    return parameter.to(pooled.scalar_type());
+  };
+  const auto as_optional = [&](const OptionalTensor& parameter) {
+    return parameter ? OptionalTensor(as_pooled(*parameter)) : std::nullopt;
+  };
+  return op.call(pooled, as_pooled(head.weight), as_pooled(head.bias), as_optional(head.out_weight),
+                 as_optional(head.out_bias), head.norm_eps);
+}
+
+// `pool` is an op that pools: router_pool of [B, T, D] and a mask, or router_pool_packed of [N, D]
+// and offsets.
+template <const char* pool>
+Tensor router_score(const Tensor& hidden, const Tensor& prompts, const Tensor& weight,
+                    const Tensor& bias, const OptionalTensor& out_weight,
+                    const OptionalTensor& out_bias, double norm_eps, std::string_view kind,
+                    int64_t windows) {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("firstlm::router_pool", "")
+          .findSchemaOrThrow(pool, "")
           .typed<Tensor(const Tensor&, const Tensor&, std::string_view, int64_t)>();
-  return op.call(hidden, prompt_mask, kind, windows);
+  return score(op.call(hidden, prompts, kind, windows),
+               {weight, bias, out_weight, out_bias, norm_eps});
 }
 
-Tensor router_pool_packed(const Tensor& hidden, const Tensor& offsets, std::string_view kind,
-                          int64_t windows) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("firstlm::router_pool_packed", "")
-          .typed<Tensor(const Tensor&, const Tensor&, std::string_view, int64_t)>();
-  return op.call(hidden, offsets, kind, windows);
-}
-
-Tensor router_head(const Tensor& pooled, const Tensor& weight, const Tensor& bias,
-                   const std::optional<Tensor>& out_weight, const std::optional<Tensor>& out_bias,
-                   double norm_eps) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("firstlm::router_head", "")
-          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                        const std::optional<Tensor>&, double)>();
-  return op.call(pooled, weight, bias, out_weight, out_bias, norm_eps);
-}
+constexpr char kPool[] = "firstlm::router_pool";
+constexpr char kPoolPacked[] = "firstlm::router_pool_packed";
 
 // --- Pickle and copy.deepcopy -----------------------------------------------------------------
 
@@ -128,10 +141,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("read_all", firstlm::read_tensor, py::call_guard<py::gil_scoped_release>(),
         py::arg("tensor"));
   // As torch.ops.firstlm has them, through torch's dispatcher.
-  m.def("router_pool", firstlm::router_pool, py::call_guard<py::gil_scoped_release>());
-  m.def("router_pool_packed", firstlm::router_pool_packed,
+  m.def("router_score", firstlm::router_score<firstlm::kPool>,
         py::call_guard<py::gil_scoped_release>());
-  m.def("router_head", firstlm::router_head, py::call_guard<py::gil_scoped_release>());
+  m.def("router_score_packed", firstlm::router_score<firstlm::kPoolPacked>,
+        py::call_guard<py::gil_scoped_release>());
 
   py::class_<SkipCacheStorage>(m, "SkipCacheStorage")
       .def(py::init<const SkipCacheStorage::Windows&>(), py::arg("windows"))

@@ -240,7 +240,7 @@ def router_contest(B: int, T: int, D: int, dtype: torch.dtype, effort: Effort) -
     share_f32 = share[:, 0, :, None].float()  # [B, T, 1]
 
     def ours() -> Tensor:
-        return ops.router_head(ops.router_pool(next(states), mask), weight, bias)
+        return ops.router_score(next(states), mask, weight, bias)
 
     def by_product() -> Tensor:
         return torch.nn.functional.linear(
@@ -271,7 +271,7 @@ def packed_contest(B: int, T: int, D: int, dtype: torch.dtype, effort: Effort) -
     sizes = lengths.tolist()
 
     def ours() -> Tensor:
-        return ops.router_head(ops.router_pool_packed(next(states), offsets), weight, bias)
+        return ops.router_score_packed(next(states), offsets, weight, bias)
 
     def one_by_one() -> Tensor:
         prompts = next(states).split(sizes)

@@ -285,21 +285,25 @@ class Router(nn.Module):
         Returns:
             The keep logit, `[B]`, float32 (float64 for float64 states).
         """
-        return ops.router_head(
-            self.pool(hidden_states, prompt_mask),
+        return ops.router_score(
+            *self._of_device(hidden_states, prompt_mask),
             self.weight,
             self.bias,
             self.out_weight,
             self.out_bias,
             self.norm_eps,
+            self.pooling,
+            self.windows,
         )
 
     def pool(self, hidden_states: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
         """What the head reads before it normalises: `[B, F]`."""
-        device = self.weight.device
         return ops.router_pool(
-            hidden_states.to(device), prompt_mask.to(device), self.pooling, self.windows
+            *self._of_device(hidden_states, prompt_mask), self.pooling, self.windows
         )
+
+    def _of_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.weight.device) for tensor in tensors]
 
     def extra_repr(self) -> str:
         weight = list(self.weight.shape)

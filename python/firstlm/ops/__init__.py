@@ -9,7 +9,14 @@ from firstlm.ops.library import LIBRARY, isa, isa_levels  # first: it registers 
 # isort: split
 from firstlm.ops.attention import decode_attention
 from firstlm.ops.kv import kv_append
-from firstlm.ops.router import PoolKind, router_head, router_pool, router_pool_packed
+from firstlm.ops.router import (
+    PoolKind,
+    router_head,
+    router_pool,
+    router_pool_packed,
+    router_score,
+    router_score_packed,
+)
 from firstlm.ops.rows import (
     gather_rows,
     plan_rows,
@@ -30,6 +37,8 @@ __all__ = [
     "router_head",
     "router_pool",
     "router_pool_packed",
+    "router_score",
+    "router_score_packed",
     "scatter_add_rows_",
     "scatter_rows",
     "scatter_rows_",

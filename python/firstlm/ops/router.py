@@ -38,8 +38,7 @@ def router_pool(
     Raises:
         ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above.
     """
-    pool = _native.router_pool if _is_eager(hidden) else _pool
-    return pool(hidden, prompt_mask, kind, windows)
+    return torch.ops.firstlm.router_pool.default(hidden, prompt_mask, kind, windows)
 
 
 def router_pool_packed(
@@ -61,8 +60,7 @@ def router_pool_packed(
         ValueError, TypeError: a shape, dtype, kind or count of windows that is not the above; on
             the CPU, offsets that do not rise from 0 to N.
     """
-    pool = _native.router_pool_packed if _is_eager(hidden) else _pool_packed
-    return pool(hidden, offsets, kind, windows)
+    return torch.ops.firstlm.router_pool_packed.default(hidden, offsets, kind, windows)
 
 
 def router_head(
@@ -93,31 +91,64 @@ def router_head(
     Raises:
         ValueError, TypeError: a shape or dtype that is not the above.
     """
-
-    dtype = pooled.dtype
-    # Short prompts feel every call: parameters that have the type already go on as they are.
-    if weight.dtype is not dtype or bias.dtype is not dtype or out_weight is not None:
-        weight, bias = weight.to(dtype), bias.to(dtype)
-        out_weight, out_bias = _as_type(out_weight, dtype), _as_type(out_bias, dtype)
-    head = _native.router_head if _is_eager(pooled) else _head
-    return head(pooled, weight, bias, out_weight, out_bias, norm_eps)
+    parameters = (_as_type(p, pooled.dtype) for p in (weight, bias, out_weight, out_bias))
+    return torch.ops.firstlm.router_head.default(pooled, *parameters, norm_eps)
 
 
 def _as_type(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parameter is None else parameter.to(dtype)
 
 
+def router_score(
+    hidden: Tensor,
+    prompt_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    kind: PoolKind = "mean",
+    windows: int = 1,
+) -> Tensor:
+    """One logit per sequence: `router_head` of `router_pool`, in one call to native code.
+
+    Arguments, gradients and what is raised are theirs.
+
+    Returns:
+        [B] float32 (float64 for float64 states).
+    """
+    head = (weight, bias, out_weight, out_bias, norm_eps)
+    if _is_eager(hidden):
+        return _native.router_score(hidden, prompt_mask, *head, kind, windows)
+    return router_head(router_pool(hidden, prompt_mask, kind, windows), *head)
+
+
+def router_score_packed(
+    hidden: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    kind: PoolKind = "mean",
+    windows: int = 1,
+) -> Tensor:
+    """`router_score` of prompts that lie one after the other: of `router_pool_packed`."""
+    head = (weight, bias, out_weight, out_bias, norm_eps)
+    if _is_eager(hidden):
+        return _native.router_score_packed(hidden, offsets, *head, kind, windows)
+    return router_head(router_pool_packed(hidden, offsets, kind, windows), *head)
+
+
 def _is_eager(tensor: Tensor) -> bool:
-    """Whether `_native` may call the op: twice as fast, but torch.compile and subclasses' own
-    __torch_function__ see only what torch.ops has."""
+    """Whether `_native` may call the ops: torch.compile and subclasses' own __torch_function__ see
+    only what torch.ops has."""
     return type(tensor) is Tensor and _native is not None and not _is_compiling()
 
 
 # Looked up once: of short prompts, the lookup would be a good part of the time.
 _is_compiling = torch.compiler.is_compiling
-_pool = torch.ops.firstlm.router_pool.default
-_pool_packed = torch.ops.firstlm.router_pool_packed.default
-_head = torch.ops.firstlm.router_head.default
 
 
 # --- Fake kernels: shapes for torch.compile and export ----------------------------------------
