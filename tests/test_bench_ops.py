@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from firstlm import bandwidth, bench_ops, cli, figures
+from firstlm import bandwidth, bench_ops, bench_tables, cli, figures
 from firstlm.native import read_all
 
 OPS_WITH_BARS = {
@@ -43,6 +43,8 @@ def test_the_command_prints_and_writes_every_contest(tmp_path, monkeypatch, caps
         for bar in row["bars"]:
             good = bar["value"] >= bar["limit"] if bar["at_least"] else bar["value"] <= bar["limit"]
             assert bar["met"] == good
+    table = bench_tables.tables(found)
+    assert table.count("\n| ") >= len(found["contests"]) and found["isa"] in table
 
 
 def close(actual, expected, dtype):

@@ -103,7 +103,6 @@ def test_the_table_of_decode_speed_is_that_of_the_stored_result() -> None:
 
 
 def test_the_page_of_results_is_made_from_the_stored_results() -> None:
-    folder = ROOT / "results" / "engine"
     page = (ROOT / "docs" / "performance_results.md").read_text(encoding="utf-8")
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((ROOT / "results" / "engine").glob("*.json")):
         assert bench_tables.tables(figures.read(path)) in page, path.name

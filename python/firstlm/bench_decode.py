@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstlm import bench_models
+from firstlm import bench_models, ops
 from firstlm.bandwidth import cold_bytes, read_gb_per_s
 from firstlm.bench_arms import HF, LLAMA_CPP, NATIVE, Arm, HfArm, LlamaCppArm, NativeArm
 from firstlm.bench_models import EQUAL_GGUF, PRECISIONS, BenchModel, Timing
@@ -125,7 +125,8 @@ def run(
         seed: of the drawn skip plans.
 
     Returns:
-        `{"model", "threads", "load_average", "read_bandwidth_gb_s", "rows", "bars"}`; see `_row`.
+        `{"model", "isa", "threads", "load_average", "read_bandwidth_gb_s", "rows", "bars"}`; see
+        `_row`.
 
     Raises:
         ValueError: an unknown precision or rival, or a prompt longer than the model's positions.
@@ -155,6 +156,7 @@ def run(
         torch.set_num_threads(before)
     return {
         "model": path,
+        "isa": ops.isa(),
         "threads": threads,
         "load_average": load,
         "read_bandwidth_gb_s": measured(rates),

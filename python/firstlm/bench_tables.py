@@ -1,6 +1,6 @@
-"""Markdown tables of what `firstlm bench decode` and `firstlm bench perplexity` wrote.
+"""Markdown tables of what `firstlm bench decode`, `bench perplexity` and `bench ops` wrote.
 
-python -m firstlm.bench_tables decode.json perplexity.json
+python -m firstlm.bench_tables decode.json perplexity.json ops.json
 python -m firstlm.bench_tables --summary decode.json
 """
 
@@ -23,31 +23,50 @@ def tables(found: Mapping[str, Any]) -> str:
         return perplexity_tables(found)
     if "read_bandwidth_gb_s" in found:
         return decode_tables(found)
-    raise ValueError("neither firstlm bench decode nor firstlm bench perplexity wrote this")
+    if "contests" in found:
+        return ops_table(found)
+    raise ValueError("none of firstlm bench decode, perplexity and ops wrote this")
 
 
 def decode_tables(found: Mapping[str, Any]) -> str:
     """A table for each contest, then the bars."""
-    read, machine = found["read_bandwidth_gb_s"], found["machine"]
     parts = [
-        f"{machine['cpu']}, {found['threads']} threads, memory read at {read['median']:.1f} GB/s "
-        f"({read['p10']:.1f}-{read['p90']:.1f}); {found['model']}; median (10th-90th percentile)."
+        f"{_machine(found, found['read_bandwidth_gb_s'])}; {found['model']}; median (10th-90th "
+        "percentile)."
     ]
     for case in dict.fromkeys(row["case"] for row in found["rows"]):
         rows = [row for row in found["rows"] if row["case"] == case]
         parts.append(f"**{case[0].upper()}{case[1:]}**\n\n{_decode_table(rows)}")
-    bars = [
-        (
-            bar["quantity"],
-            f"≥ {bar['limit']:g}",
-            f"{bar['value']:.3g}",
-            "yes" if bar["met"] else "no",
-        )
-        for bar in found["bars"]
-    ]
+    bars = [(bar["quantity"], *_verdict(bar)) for bar in found["bars"]]
     if bars:
         parts.append(markdown_table(("bar", "limit", "measured", "met"), bars))
     return "\n\n".join(parts)
+
+
+def _machine(found: Mapping[str, Any], read: Mapping[str, float]) -> str:
+    isa = f" ({found['isa']})" if "isa" in found else ""
+    return (
+        f"{found['machine']['cpu']}{isa}, {found['threads']} threads, memory read at "
+        f"{read['median']:.1f} GB/s ({read['p10']:.1f}-{read['p90']:.1f})"
+    )
+
+
+def _verdict(bar: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(limit, measured, met): a bar is a least value where it does not say otherwise."""
+    sign = "≥" if bar.get("at_least", True) else "≤"
+    return f"{sign} {bar['limit']:g}", f"{bar['value']:.3g}", "yes" if bar["met"] else "no"
+
+
+def ops_table(found: Mapping[str, Any]) -> str:
+    """Every op beside the fastest composition of torch's own, with its bars."""
+    head = ("op", "case", "µs", "torch's best, µs", "GB/s", "bar", "limit", "measured", "met")
+    body = []
+    for row in found["contests"]:
+        ours, best = (row["us"][name]["median"] for name in ("firstlm", row["best_torch"]))
+        figure = (row["op"], row["case"], f"{ours:.1f}", f"{best:.1f}", f"{row['gb_per_s']:.1f}")
+        bars = [(bar["quantity"], *_verdict(bar)) for bar in row["bars"]] or [("", "", "", "")]
+        body += [(*(figure if i == 0 else ("",) * 5), *bar) for i, bar in enumerate(bars)]
+    return f"{_machine(found, found['read_gb_per_s'])}; medians.\n\n{markdown_table(head, body)}"
 
 
 def summary_table(found: Mapping[str, Any]) -> str:
