@@ -2,9 +2,10 @@
 
 evaluation = evaluate("runs/x/checkpoint", ["debian-synopsis"], [0.25], output="runs/x/evaluation")
 
-Weights are loaded once and run all methods that use them, batch by batch. What is measured goes to
-disk at once (store.py), so that the same call goes on after an interruption, and under torchrun or
-`accelerate launch` every process takes its share of the batches. N examples, L layers.
+Data, then of each set of weights the plans of the methods that use it (plans.py), their quality
+batch by batch and their latency, then all results. What is measured goes to disk at once
+(store.py), so that the same call goes on after an interruption, and under torchrun or
+`accelerate launch` every process takes its share of the batches.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from firstlm import figures, loading
 from firstlm.data import PromptAnswerCollator
 from firstlm.evaluation import checks, early_exit, timing
 from firstlm.evaluation import methods as rules
-from firstlm.evaluation.data import EvaluationData, fingerprint, load_evaluation_data
-from firstlm.evaluation.methods import FirstPlans
+from firstlm.evaluation.data import fingerprint, load_evaluation_data
+from firstlm.evaluation.plans import Plans, mask_to_bits
 from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult, Timing
 from firstlm.evaluation.request import Effort, Request
 from firstlm.evaluation.store import Store, digest
@@ -133,11 +134,8 @@ class Run:
         self.main = self.state.is_main_process
         self.show = show and self.main
         self.store = Store(output, self.state.process_index)
-        self.first_plans: dict[Method, FirstPlans] = {}
-        self.plans: dict[str, torch.Tensor] = {}
-        self.exits: dict[str, float] = {}  # thresholds of early exits by confidence
+        self.plans = Plans(self)
         self.timings: dict[str, Timing] = {}
-        self.notes: dict[str, list[str]] = {method.key: [] for method in methods}
         self.checks: dict[str, str] = {}
 
     def go(self, columns: Mapping[str, Any] | None) -> Evaluation:
@@ -189,11 +187,7 @@ class Run:
     def _run_group(self, group: list[Method]) -> None:
         """All methods that share weights: plans, then quality, then latency."""
         weights = Weights(self, group[0])
-        for method in group:
-            if (method.name, method.weights) == ("first", "first"):
-                self._find_first_plans(weights, method)
-        for method in group:
-            self.plans[method.key] = self._plans_of(weights, method)
+        self.plans.find(weights, group)
         self._check_weights(weights, group)
         for method in group:
             self._measure(weights, method)
@@ -201,176 +195,20 @@ class Run:
             self._time(weights, group)
         self.state.wait_for_everyone()
 
-    def _once(self, key: dict[str, Any], find: Callable[[], Any]) -> Any:
+    def once(self, key: dict[str, Any], find: Callable[[], Any]) -> Any:
         """A value that the main process finds, if no file holds it, and every process reads."""
         if self.main and self.store.read(key) is None:
             self.store.write(key, find())
         self.state.wait_for_everyone()
         return self.store.read(key)
 
-    def _find_first_plans(self, weights: Weights, method: Method) -> None:
-        rate = method.skip_rate_asked
-        key = {
-            "what": "first",
-            "weights": weights.key,
-            "rate": rate,
-            **self.prints,
-            **weights.quality_key,
-        }
-
-        def find() -> dict[str, Any]:
-            thresholds = weights.use_thresholds(rate, None)
-            parts = {"validation": self.data.validation, "test": self.data.test}
-            return {"thresholds": thresholds} | {
-                name: _bits(self._routed(weights, rate, examples))
-                for name, examples in parts.items()
-            }
-
-        value = self._once(key, find)
-        weights.thresholds[rate] = value["thresholds"]
-        plans = FirstPlans(value["thresholds"], _mask(value["validation"]), _mask(value["test"]))
-        self.first_plans[method] = plans
-        achieved = 1.0 - plans.test.double().mean().item()
-        if abs(achieved - rate) > 0.02:
-            note = f"asked for {rate:.1%}, skips {achieved:.1%} of the test prompts' layers"
-            self.notes[method.key].append(note)
-
-    def _routed(self, weights: Weights, rate: float, examples: Sequence[Example]) -> torch.Tensor:
-        """The routers' plans [N, L], in the batches in which they are measured."""
-        data = EvaluationData([], list(examples), 0)
-        batches = data.batches(self.effort.batch_size)
-        found: list[Any] = [None] * len(examples)
-        with self.bar(f"plans at {rate:g}: examples", len(examples)) as update:
-            for batch in batches:
-                mask = weights.path.plans([examples[i] for i in batch], {"budget": rate})
-                for row, i in zip(mask, batch, strict=True):
-                    found[i] = row
-                update(len(batch))
-        return torch.stack(found)
-
-    def _first_of(self, method: Method) -> FirstPlans:
-        """FiRST's plans that a control of one rate is made from."""
-        candidates = [m for m in self.first_plans if m.skip_rate_asked == method.skip_rate_asked]
-        own = [m for m in candidates if m.checkpoint == method.checkpoint]
-        return self.first_plans[(own or candidates)[0]]
-
-    def _plans_of(self, weights: Weights, method: Method) -> torch.Tensor:
-        """Keep mask [N, L] of a method on the test examples."""
-        name, rate, count = method.name, method.skip_rate_asked, len(self.data.test)
-        num_layers, protected = weights.num_layers, weights.protected
-        if name == rules.CONFIDENT_EXIT:
-            self.exits[method.key] = self._exit_threshold(weights, rate)
-            self.notes[method.key].append(early_exit.NOTE)
-        if name in (*rules.UNSKIPPED, rules.CONFIDENT_EXIT):
-            return torch.ones(count, num_layers, dtype=torch.bool)
-        if method.weights == "trained":
-            key = {
-                "what": "trained", "weights": weights.key, **self.prints, **weights.quality_key,
-            }  # fmt: skip
-            return _mask(self._once(key, lambda: _bits(self._own_plans(weights))))
-        if name == "first":
-            return self._first_of(method).test
-        if name in rules.FROM_FIRST:
-            return rules.plans_from_first(
-                name, self._first_of(method), self.data.validation, self.data.test,
-                self.seed + method.seed, protected, rate,
-            )  # fmt: skip
-        if name in rules.BY_POSITION:
-            draw = self.seed + method.seed
-            plan = rules.plan_by_position(name, num_layers, rate, protected, draw)
-        elif name == "static":
-            plan = self._static_plan(weights, method)
-        else:
-            plan = self._measured_plan(weights, name, rate)
-        return torch.tensor(plan).expand(count, -1)
-
-    def _own_plans(self, weights: Weights) -> torch.Tensor:
-        """Of a trained control: what its own routers, which carry its plan, say."""
-        model = weights.model
-        masks = [
-            model.plan(**_on(model, weights.pad([self.data.test[i] for i in batch]))).skip_plans
-            for batch in self.batches
-        ]
-        found: dict[int, torch.Tensor] = {}
-        for batch, plans in zip(self.batches, masks, strict=True):
-            found |= {i: plan.to_mask() for i, plan in zip(batch, plans, strict=True)}
-        return torch.stack([found[i] for i in range(len(found))])
-
-    def _exit_threshold(self, weights: Weights, rate: float) -> float:
-        """Of an early exit by confidence, found on validation examples."""
-        examples = self._plan_examples()
-        key = {
-            "what": rules.CONFIDENT_EXIT, "weights": weights.key, "rate": rate,
-            "protected": weights.protected, "examples": fingerprint(examples),
-            "dtype": str(self.request.dtype),
-        }  # fmt: skip
-
-        def find() -> float:
-            collator = PromptAnswerCollator(self.tokenizer)
-            rows, model = rows_of(examples), weights.model
-            return early_exit.calibrate_early_exit(model, rows, collator, [rate])[rate]
-
-        return self._once(key, find)
-
-    def _plan_examples(self) -> list[Example]:
-        """The validation examples, some of each task, that plans are measured on."""
-        return [
-            example
-            for task in self.data.tasks
-            for example in [e for e in self.data.validation if e.task == task][
-                : self.effort.plan_examples
-            ]
-        ]
-
-    def _measured_plan(self, weights: Weights, name: str, rate: float) -> list[bool]:
-        """Of greedy or block_influence; what is measured serves all rates."""
-        examples = self._plan_examples()
-        most = max(m.skip_rate_asked for m in self.methods)
-        key: dict[str, Any] = {
-            "what": name, "weights": weights.key, "protected": weights.protected,
-            "examples": fingerprint(examples), "dtype": str(self.request.dtype),
-        }  # fmt: skip
-        if name == "block_influence":
-
-            def influence() -> list[float]:
-                with self.bar("block influence: examples", len(examples)) as update:
-                    return rules.block_influence(weights.model, examples, self.tokenizer, update)
-
-            found = self._once(key, influence)
-            return rules.controls.importance_plan(found, rate, weights.protected)
-
-        def order() -> list[int]:
-            with self.bar("greedy plan: plans", None) as update:
-                return rules.greedy_order(weights.model, examples, self.tokenizer, most, update)
-
-        dropped = self._once({**key, "rate": most}, order)
-        count = rules.controls.layers_to_drop(rate, weights.num_layers, weights.protected)
-        return rules.controls.plan_without(weights.num_layers, dropped[:count])
-
-    def _static_plan(self, weights: Weights, method: Method) -> list[bool]:
-        rate, examples = method.skip_rate_asked, self._plan_examples()
-        share = self._first_of(method).keep_share
-        plans = {
-            "most_kept": rules.controls.most_kept_plan(share, rate, weights.protected),
-            "greedy": self._measured_plan(weights, "greedy", rate),
-        }
-        key = {
-            "what": "static", "weights": weights.key, "rate": rate, "plans": plans,
-            "examples": fingerprint(examples), "dtype": str(self.request.dtype),
-        }  # fmt: skip
-        better = self._once(
-            key, lambda: rules.better_plan(plans, weights.model, examples, self.tokenizer)
-        )
-        self.notes[method.key].append(f"the better on validation examples: {better}")
-        return plans[better]
-
     # ---- quality ----
 
     def _key_of(self, weights: Weights, method: Method) -> str:
         return digest(
             {
-                "weights": weights.key, "plans": _bits(self.plans[method.key]),
-                "exit": self.exits.get(method.key),
+                "weights": weights.key, "plans": self.plans.bits(method),
+                "exit": self.plans.exits.get(method.key),
                 "test": self.prints["test"], **weights.quality_key,
                 "limits": self._limits(), "version": firstlm.__version__,
             }
@@ -411,25 +249,25 @@ class Run:
             )
 
         name = group[0].checkpoint or "base"
-        found = self._once({"what": "skipping", **same}, skipping)
+        found = self.once({"what": "skipping", **same}, skipping)
         self.checks[f"a plan without unprotected layers changes the loss, {name}"] = found
         for method in group:
             if (method.name, method.weights) != ("first", "first"):
                 continue
-            rate, keep = method.skip_rate_asked, self.plans[method.key][self.batches[0]]
+            rate, keep = method.skip_rate_asked, self.plans.keep[method.key][self.batches[0]]
 
             def routed(method: Method = method, rate: float = rate, keep: Any = keep) -> str:
-                weights.use_thresholds(rate, self.first_plans[method].thresholds)
+                weights.use_thresholds(rate, self.plans.thresholds(method))
                 return checks.check_routed_plans(weights.path, examples, keep, rate)
 
-            found = self._once({"what": "routed", **same, "plans": _bits(keep)}, routed)
+            found = self.once({"what": "routed", **same, "plans": mask_to_bits(keep)}, routed)
             self.checks[f"the routers give the plans that are measured, {method.key}"] = found
 
     def _measure_batch(
         self, weights: Weights, method: Method, batch: Sequence[int]
     ) -> list[ExampleResult]:
         examples = [self.data.test[i] for i in batch]
-        keep = self.plans[method.key][batch]
+        keep = self.plans.keep[method.key][batch]
         longest = max(len(e.prompt_ids) for e in examples)
         limit = min(self._limits()[examples[0].task], self.positions - longest)
         kept = [tuple(row.nonzero().flatten().tolist()) for row in keep]
@@ -461,7 +299,7 @@ class Run:
         self, weights: Weights, method: Method, examples: Sequence[Example], limit: int
     ) -> tuple[list[tuple[float, int]], list[tuple[str, float]], list[tuple[int, ...]]]:
         """(losses, answers, layers of the mean depth) of an early exit by confidence."""
-        threshold, model, size = self.exits[method.key], weights.model, len(examples)
+        threshold, model, size = self.plans.exits[method.key], weights.model, len(examples)
         scores = early_exit.score_early_exit(
             model, rows_of(examples), PromptAnswerCollator(self.tokenizer), threshold,
             batch_size=size,
@@ -479,7 +317,7 @@ class Run:
     # ---- latency ----
 
     def _time(self, weights: Weights, group: Sequence[Method]) -> None:
-        group = [method for method in group if method.key not in self.exits]
+        group = [method for method in group if method.key not in self.plans.exits]
         if not self.main or not group:
             return
         chosen = timing.timed_prompts(self.effort.timing_prompts, len(self.data.test))
@@ -491,14 +329,14 @@ class Run:
                 f"{self.effort.new_tokens} tokens; lower new_tokens"
             )
         arms = {
-            m.key: timing.arms_of(m.name, m.skip_rate_asked, self.plans[m.key], chosen)
+            m.key: timing.arms_of(m.name, m.skip_rate_asked, self.plans.keep[m.key], chosen)
             if m.weights == "first"
-            else timing.arms_of("plan", m.skip_rate_asked, self.plans[m.key], chosen)
+            else timing.arms_of("plan", m.skip_rate_asked, self.plans.keep[m.key], chosen)
             for m in group
         }
         key = {
             "weights": weights.key, "test": self.prints["test"], "prompts": chosen,
-            "plans": {m.key: _bits(self.plans[m.key][chosen]) for m in group},
+            "plans": {m.key: self.plans.bits(m, chosen) for m in group},
             "engine": [self.request.timing_engine, self.request.precision, str(self.request.dtype)],
             "threads": torch.get_num_threads() if self.threads is None else self.threads,
             "effort": [self.effort.new_tokens, self.effort.repeats],
@@ -529,7 +367,7 @@ class Run:
             results.append(
                 MethodResult(
                     method, weights.num_layers, examples, self.timings.get(method.key),
-                    self.notes[method.key],
+                    self.plans.notes[method.key],
                 )
             )  # fmt: skip
         counted = sum(len(result.examples) for result in results)
@@ -568,16 +406,3 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
         found.setdefault((method.weights == "base", method.checkpoint), []).append(method)
     # FiRST's own plans make those of other groups.
     return sorted(found.values(), key=lambda group: all(m.name != "first" for m in group))
-
-
-def _bits(mask: torch.Tensor) -> list[str]:
-    """A keep mask [N, L] as short text."""
-    return ["".join("1" if kept else "0" for kept in row) for row in mask.tolist()]
-
-
-def _mask(bits: Sequence[str]) -> torch.Tensor:
-    return torch.tensor([[bit == "1" for bit in row] for row in bits])
-
-
-def _on(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
