@@ -13,7 +13,7 @@ import torch
 from firstlm.cli_evaluate import leave_process_group
 from firstlm.evaluation.methods import CONTROLS
 from firstlm.evaluation.records import Evaluation
-from firstlm.evaluation.run import Effort, evaluate
+from firstlm.evaluation.run import evaluate
 
 EFFORT = {
     "examples": 11, "validation": 16, "plan_examples": 4, "batch_size": 3, "max_new_tokens": 5,
@@ -35,9 +35,7 @@ def run(
         "progress": False,
     }
     options |= changes
-    return evaluate(
-        checkpoint, data, output=output, effort=Effort(**(EFFORT | (effort or {}))), **options
-    )
+    return evaluate(checkpoint, data, output=output, effort=EFFORT | (effort or {}), **options)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from firstlm.evaluation.data import fingerprint, load_evaluation_data
 from firstlm.evaluation.files import read_evaluation
 from firstlm.evaluation.methods import CONTROLS, length_plans
 from firstlm.evaluation.records import Evaluation
+from firstlm.evaluation.request import Effort
 from firstlm.health import derangement
 from firstlm.router import RouterConfig
 from firstlm.train_config import LoraPhaseConfig
@@ -331,6 +332,10 @@ def test_a_control_of_other_steps_is_refused(folders, data, tmp_path) -> None:
         ({"trained": {"stat": "nowhere"}}, "no control"),
         ({"skip_rates": [0.7], "trained": {"static": "static"}}, "was trained for a skip rate"),
         ({"data": []}, "no task"),
+        ({"effort": {"exampels": 3}}, "no 'exampels': it takes examples, .*mean 'examples'"),
+        ({"effort": {"a": 1, "b": 2}}, "no 'a', 'b': it takes examples, .*, draws$"),
+        ({"effort": {"examples": "many"}}, "examples='many': expected a whole"),
+        ({"effort": {"examples": 1}}, "examples must be at least 2, got 1"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
@@ -342,6 +347,12 @@ def test_bad_arguments_are_refused_before_any_work(
     sources = changes.pop("data") if "data" in changes else data
     with pytest.raises(ValueError, match=message):
         run(folders["first"], sources, tmp_path, **changes)
+
+
+def test_an_effort_is_also_a_mapping() -> None:
+    assert Effort.of(None) == Effort.of({}) == Effort()
+    assert Effort.of({"examples": 48, "max_new_tokens": 5}) == Effort(48, max_new_tokens=5)
+    assert Effort.of(Effort(48)) == Effort(48)
 
 
 def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:

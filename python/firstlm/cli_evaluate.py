@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -178,7 +177,6 @@ def evaluate(
         return
     from firstlm.evaluation import files
     from firstlm.evaluation.methods import CONTROLS, DEFAULT_CONTROLS
-    from firstlm.evaluation.request import Effort
     from firstlm.evaluation.run import evaluate as run
 
     named: Sequence[str] = DEFAULT_CONTROLS
@@ -197,7 +195,7 @@ def evaluate(
         controls=named, weights=cli_input.names(weights), columns=columns, engine=engine,
         timing_engine=None if timing == "none" else timing, precision=precision, dtype=dtype,
         threads=threads, seed=seed,
-        effort=dataclasses.replace(Effort(), **{k: v for k, v in given.items() if v is not None}),
+        effort={name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if not leave_process_group():
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from firstlm import decode_paths
 from firstlm.checkpoint import read_router_config
 from firstlm.evaluation import methods as rules
 from firstlm.evaluation.records import Method
+from firstlm.settings import build_settings
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,26 @@ class Effort:
         for name, value in vars(self).items():
             if value is not None and value < least.get(name, 1):
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+
+    @classmethod
+    def of(cls, given: Effort | Mapping[str, Any] | None) -> Effort:
+        """An effort as it is, or one of a mapping, whose missing names take their defaults.
+
+        Raises:
+            ValueError: names that are no attributes (with a near miss and all that are), or values
+                of another type or too small.
+        """
+        if isinstance(given, Effort):
+            return given
+        given = given or {}
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), known, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"effort knows no {names}: it takes {', '.join(known)}{guess}")
+        return build_settings(cls, given)
 
 
 @dataclass(frozen=True)

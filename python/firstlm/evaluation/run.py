@@ -53,7 +53,7 @@ def evaluate(
     precision: str | None = None,
     dtype: torch.dtype | str | None = None,
     threads: int | None = None,
-    effort: Effort | None = None,
+    effort: Effort | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Evaluation:
@@ -77,7 +77,8 @@ def evaluate(
         precision: of the native engine; None: int8.
         dtype: of the hf path; None: as stored.
         threads: None: as many as torch uses.
-        effort: how much is measured.
+        effort: how much is measured: an Effort, or a mapping that names what differs from its
+            defaults, as {"examples": 48, "timing_prompts": 4}.
         seed: of the draw of examples, of shuffling and of random plans.
         progress: show bars on stderr; None: on a terminal.
 
@@ -85,7 +86,7 @@ def evaluate(
         Evaluation, whole in every process; its files are written by the main one.
 
     Raises:
-        ValueError: arguments that do not fit together, before any work.
+        ValueError: arguments that do not fit together or that are unknown, before any work.
         CheckFailed, PlanNotFollowed: a self-check found that figures would be wrong.
     """
     request = Request(
@@ -94,7 +95,7 @@ def evaluate(
         [data] if isinstance(data, (str, Path)) or not isinstance(data, Sequence) else list(data),
         tuple(dict.fromkeys(controls)),
         tuple(dict.fromkeys(weights)),
-        effort or Effort(),
+        Effort.of(effort),
         seed,
         engine,
         timing_engine,
