@@ -75,6 +75,26 @@ def test_a_budget_that_was_moved_to_long_answers_is_pointed_out() -> None:
     assert not any("layers spent" in line for line in judged(first, rival("static", 0.2)).sentences)
 
 
+@pytest.mark.parametrize(
+    ("times", "change", "word"), [(0.5, 0.5, "less"), (1.0, 0.0, "less"), (1.05, 0.05, "more")]
+)
+def test_decoding_that_takes_longer_is_said_to(
+    times: float, change: float, word: str, tmp_path: Path
+) -> None:
+    first = result(Method("first", "first", 0.5), 0.1, n=5, plans=5)
+    timing = first.timing
+    assert timing is not None
+    slowed = replace(timing, tpot_ms=[times * ms for ms in timing.full_tpot_ms])
+    found = Evaluation({}, [replace(first, timing=slowed)])
+    figures = rows(found, resamples=50)
+    (verdict,) = verdicts(figures)
+    said = f"a token takes {change:.1%} {word} time than with all layers"
+    reached = "35% less is " + ("reached" if times < 0.65 else "MISSED")
+    assert any(said in line and reached in line for line in verdict.sentences)
+    page = report.write(found, figures, tmp_path)["html"].read_text(encoding="utf-8")
+    assert f"<b>{change:.0%}</b><span>{word} time per token, measured</span>" in page
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("report")

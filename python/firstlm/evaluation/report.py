@@ -16,6 +16,7 @@ from firstlm.evaluation.conclusions import (
     outcome,
     rivals,
     shuffled,
+    time_change,
     trained,
     verdicts,
 )
@@ -206,7 +207,8 @@ def _card(verdict: Verdict, rows: Sequence[Row]) -> str:
     if share := row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share"):
         facts.append((f"{share:.1%}", "of LoRA-only's ROUGE-L kept"))
     if row["timing"]:
-        facts.append((f"{1 - 1 / row['speedup']:.0%}", "less time per token, measured"))
+        change, word = time_change(row)
+        facts.append((f"{change:.0%}", f"{word} time per token, measured"))
     cells = "".join(f"<div><b>{value}</b><span>{text}</span></div>" for value, text in facts)
     return (
         f"<section class='card {verdict.answer}'><h2>{_headline(verdict)}</h2>"
