@@ -11,7 +11,7 @@ import emulated_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
-drawn = settings(max_examples=60, deadline=None)
+drawn = settings(max_examples=60)
 
 
 # --- Devices ----------------------------------------------------------------------------------

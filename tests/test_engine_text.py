@@ -62,7 +62,7 @@ def test_the_pieces_of_a_text_are_the_text(make):
 
 
 @given(st.text(max_size=20), st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_piece_ends_within_a_character(text, size):
     hf = byte_tokenizer()
     ids = hf(text)["input_ids"]
@@ -78,7 +78,6 @@ def test_no_piece_ends_within_a_character(text, size):
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.integers(1, 4),
 )
-@settings(deadline=None)
 def test_text_ends_before_the_first_stop(text, stops, size):
     found = StopStrings(stops)
     pieces = []

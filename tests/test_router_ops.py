@@ -338,7 +338,7 @@ def test_head_is_the_reference(run, case):
 
 
 @given(case=head_cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_head_gradients_are_the_references(case):
     *tensors, norm_eps = case
     given_tensors = [t for t in tensors if t is not None]

@@ -46,7 +46,7 @@ def transformers_probabilities(logits: torch.Tensor, options: dict, seen: list[i
     spread=st.sampled_from([0.1, 3.0, 30.0]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_probabilities_are_transformers(vocab_size, spread, seed, **options):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(vocab_size, generator=generator) * spread

@@ -246,7 +246,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def test_any_sequence_of_operations_equals_a_dictionary_of_tensors():
-    budget = settings(max_examples=60, stateful_step_count=25, deadline=None)
+    budget = settings(max_examples=60, stateful_step_count=25)
     run_state_machine_as_test(CacheMachine, settings=budget)
 
 
