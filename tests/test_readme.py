@@ -104,5 +104,9 @@ def test_the_table_of_decode_speed_is_that_of_the_stored_result() -> None:
 
 def test_the_page_of_results_is_made_from_the_stored_results() -> None:
     page = (ROOT / "docs" / "performance_results.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / "results" / "engine").glob("*.json")):
+    paths = [
+        path for folder in ("engine", "ops") for path in (ROOT / "results" / folder).glob("*.json")
+    ]
+    assert len(paths) == 4
+    for path in paths:
         assert bench_tables.tables(figures.read(path)) in page, path.name
