@@ -48,8 +48,7 @@ uint64_t read_tensor(const Tensor& tensor) {
   return read_all(tensor.const_data_ptr(), static_cast<int64_t>(tensor.nbytes()), num_threads());
 }
 
-// --- Router scoring: of short prompts' time, torch.ops' reading of Python arguments is a good part
-// -
+// --- Router scoring: torch.ops' reading of Python arguments takes long beside a short prompt ---
 
 using OptionalTensor = std::optional<Tensor>;
 
