@@ -19,7 +19,7 @@ struct Int8Inputs {
 
 struct Int8Weights {
   static constexpr int32_t kOffset = 0;
-  static constexpr int kUnroll = 1;
+  static constexpr bool kUnrolled = false;
   __m256i signs, magnitudes;  // the weights themselves, for their signs
 
   static Int8Weights load(const void* from) {

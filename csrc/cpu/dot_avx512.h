@@ -3,7 +3,7 @@
 
 struct Int8Weights {
   static constexpr int32_t kOffset = 0;
-  static constexpr int kUnroll = 1;
+  static constexpr bool kUnrolled = false;
   __m512i magnitudes;
   __mmask64 negative;
 

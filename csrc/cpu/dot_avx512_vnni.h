@@ -4,7 +4,7 @@
 struct Int8Weights {
   static constexpr int32_t kOffset = 128;  // the instruction takes unsigned bytes
   // A loop's end would copy every sum: the compiler gives the instruction registers of its own.
-  static constexpr int kUnroll = 16;
+  static constexpr bool kUnrolled = true;
   __m512i v;
 
   static Int8Weights load(const void* from) {

@@ -19,7 +19,7 @@ struct Int8Inputs {
 
 struct Int8Weights {
   static constexpr int32_t kOffset = 0;
-  static constexpr int kUnroll = 1;
+  static constexpr bool kUnrolled = false;
   int8x16_t v;
 
   static Int8Weights load(const void* from) { return {vld1q_s8(static_cast<const int8_t*>(from))}; }

@@ -29,8 +29,8 @@ struct Int8Inputs {
 
 // Four weights in [-127, 127] in each lane.
 struct Int8Weights {
-  static constexpr int32_t kOffset = 0;  // that a product adds to every weight
-  static constexpr int kUnroll = 1;      // lines of a group
+  static constexpr int32_t kOffset = 0;     // that a product adds to every weight
+  static constexpr bool kUnrolled = false;  // the lines of a group
   int8_t byte[4 * F32::kLanes];
 
   static Int8Weights load(const void* from) {

@@ -168,64 +168,50 @@ QuantisedInputs quantise_group(const float* x, int64_t n, int8_t* q) {
   return {greatest / 127, total};
 }
 
-// Sums of a group are exact, as integers; scales are applied to them.
-struct Int8Groups {
-  static constexpr Precision kPrecision = Precision::kInt8;
+// Groups of integers: sums of a group are exact, scales are applied to them. Code says what a line
+// of weights is, what it does to a sum, and how a sum ends.
+template <class Code>
+struct IntegerGroups {
+  static constexpr Precision kPrecision = Code::kPrecision;
   static constexpr int kGroup = group_size(kPrecision);
-  static constexpr int kLines = kGroup / 4, kPrefetchLines = kLines + 1;
-  static constexpr int kGroupScales = 1;
-  static constexpr int kWords = kLines + 2;  // inputs, where the sum begins (int32), scale (f32)
+  static constexpr int kLines = kGroup / 4 / Code::kInputs, kPrefetchLines = kLines + 1;
+  static constexpr int kGroupScales = Code::kGroupScales;
+  static constexpr int kWords = kGroup / 4 + 2;  // inputs, and two facts about them
   static constexpr int kSums = F32::kRegisters >= 32 ? (kVectors == 1 ? 12 : 16) : 8;
 
   template <int kPanels, int kTokens>
   __attribute__((always_inline)) static void add_group(const Streams<kPanels>& weights,
                                                        const char* words,
                                                        F32 (&sums)[kPanels][kTokens][kVectors]) {
-    const char* first_sums = words + kLines * kTokens * 4;
-    const char* input_scales = first_sums + kTokens * 4;
-    I32 totals[kPanels][kTokens][kVectors];
+    const char* facts = words + kGroup / 4 * kTokens * 4;  // [2, kTokens]
+    typename Code::Sum totals[kPanels][kTokens][kVectors];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) {
-      int32_t first;
-      __builtin_memcpy(&first, first_sums + t * 4, 4);
+      const auto first = Code::first_sum(facts + t * 4);
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) totals[p][t][v] = I32::broadcast(first);
+        for (int v = 0; v < kVectors; ++v) totals[p][t][v] = first;
       }
     }
     weights.prefetch(kLines);
-#pragma GCC unroll Int8Weights::kUnroll
-    for (int i = 0; i < kLines; ++i) {
-      weights.prefetch(i);
-      Int8Weights w[kPanels][kVectors];
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          w[p][v] = Int8Weights::load(weights.lines[p] + i * kLineBytes + v * sizeof(F32));
-        }
-      }
+    if constexpr (Code::kUnrolled) {
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        const Int8Inputs x = Int8Inputs::broadcast(words + (i * kTokens + t) * 4);
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) totals[p][t][v] = w[p][v].dot(x, totals[p][t][v]);
-        }
-      }
+      for (int i = 0; i < kLines; ++i) add_line(i, weights, words, totals);
+    } else {
+#pragma GCC unroll 1
+      for (int i = 0; i < kLines; ++i) add_line(i, weights, words, totals);
     }
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const F32 scale =
-            F32::load(reinterpret_cast<const Float16*>(weights.scales[p]) + v * F32::kLanes);
+        const typename Code::Scales scales(reinterpret_cast<const Float16*>(weights.scales[p]) +
+                                           v * F32::kLanes);
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
-          const F32 product = scale * Float32Line::broadcast(input_scales + t * 4);
-          sums[p][t][v] = F32::fma(product, totals[p][t][v].to_f32(), sums[p][t][v]);
+          sums[p][t][v] =
+              scales.add(totals[p][t][v], facts + t * 4, facts + (kTokens + t) * 4, sums[p][t][v]);
         }
       }
     }
@@ -237,89 +223,103 @@ struct Int8Groups {
       const QuantisedInputs group =
           quantise_group<kGroup>(x + g * kGroup, smaller(kGroup, K - g * kGroup), q);
       const TokenWords words = to.from(g * kWords);
-      words.set_all(q, kLines);
-      words.set(kLines, -Int8Weights::kOffset * static_cast<int32_t>(group.sum));
-      words.set(kLines + 1, group.scale);
+      words.set_all(q, kGroup / 4);
+      Code::set_facts(group, words.from(kGroup / 4));
     }
   }
-};
 
-struct Int4Groups {
-  static constexpr Precision kPrecision = Precision::kInt4;
-  static constexpr int kGroup = group_size(kPrecision);
-  static constexpr int kLines = kGroup / 8, kPrefetchLines = kLines + 1;
-  static constexpr int kGroupScales = 2;
-  static constexpr int kWords = 2 * kLines + 2;  // inputs, scale, scale times sum
-  static constexpr int kSums = Int8Groups::kSums;
-
+ private:
   template <int kPanels, int kTokens>
-  __attribute__((always_inline)) static void add_group(const Streams<kPanels>& weights,
-                                                       const char* words,
-                                                       F32 (&sums)[kPanels][kTokens][kVectors]) {
-    Int4Sum totals[kPanels][kTokens][kVectors];
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) totals[p][t][v] = Int4Sum::zero();
-      }
-    }
-    weights.prefetch(kLines);
-#pragma GCC unroll 4
-    for (int i = 0; i < kLines; ++i) {
-      weights.prefetch(i);
-      Int4Weights w[kPanels][kVectors];
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          w[p][v] = Int4Weights::load(weights.lines[p] + i * kLineBytes + v * sizeof(F32));
-        }
-      }
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        const char* word = words + (2 * i * kTokens + t) * 4;
-        const Int8Inputs low = Int8Inputs::broadcast(word);
-        const Int8Inputs high = Int8Inputs::broadcast(word + kTokens * 4);
-#pragma GCC unroll 2
-        for (int p = 0; p < kPanels; ++p) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) totals[p][t][v].add(w[p][v], low, high);
-        }
-      }
-    }
-    const char* input_scales = words + 2 * kLines * kTokens * 4;
-    const char* input_sums = input_scales + kTokens * 4;
+  __attribute__((always_inline)) static void add_line(
+      int i, const Streams<kPanels>& weights, const char* words,
+      typename Code::Sum (&totals)[kPanels][kTokens][kVectors]) {
+    weights.prefetch(i);
+    typename Code::Weights w[kPanels][kVectors];
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const auto* halves = reinterpret_cast<const Float16*>(weights.scales[p]) + v * F32::kLanes;
-        const F32 step = F32::load(halves), minimum = F32::load(halves + kPanelRows);
+        w[p][v] = Code::Weights::load(weights.lines[p] + i * kLineBytes + v * sizeof(F32));
+      }
+    }
 #pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) {
-          const F32 scale = step * Float32Line::broadcast(input_scales + t * 4);
-          const F32 sum = Float32Line::broadcast(input_sums + t * 4);
-          sums[p][t][v] = F32::fma(minimum, sum, sums[p][t][v]);
-          sums[p][t][v] = F32::fma(scale, totals[p][t][v].total().to_f32(), sums[p][t][v]);
-        }
+    for (int t = 0; t < kTokens; ++t) {
+      Int8Inputs x[Code::kInputs];
+#pragma GCC unroll 2
+      for (int j = 0; j < Code::kInputs; ++j) {
+        x[j] = Int8Inputs::broadcast(words + ((Code::kInputs * i + j) * kTokens + t) * 4);
+      }
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) Code::add(w[p][v], x, totals[p][t][v]);
       }
     }
   }
-
-  static void prepare_token(const float* x, int64_t K, const TokenWords& to) {
-    for (int64_t g = 0; g * kGroup < K; ++g) {
-      int8_t q[kGroup];
-      const QuantisedInputs group =
-          quantise_group<kGroup>(x + g * kGroup, smaller(kGroup, K - g * kGroup), q);
-      const TokenWords words = to.from(g * kWords);
-      words.set_all(q, 2 * kLines);
-      words.set(2 * kLines, group.scale);
-      words.set(2 * kLines + 1, group.scale * group.sum);
-    }
-  }
 };
+
+// Facts: where a sum begins (int32), the scale of the inputs (f32).
+struct Int8Code {
+  static constexpr Precision kPrecision = Precision::kInt8;
+  static constexpr int kInputs = 1, kGroupScales = 1;
+  static constexpr bool kUnrolled = Int8Weights::kUnrolled;
+  using Weights = Int8Weights;
+  using Sum = I32;
+
+  static I32 first_sum(const char* fact) {
+    int32_t first;
+    __builtin_memcpy(&first, fact, 4);
+    return I32::broadcast(first);
+  }
+  static void add(const Int8Weights& w, const Int8Inputs (&x)[1], I32& sum) {
+    sum = w.dot(x[0], sum);
+  }
+  static void set_facts(QuantisedInputs group, const TokenWords& to) {
+    to.set(0, -Int8Weights::kOffset * static_cast<int32_t>(group.sum));
+    to.set(1, group.scale);
+  }
+
+  struct Scales {
+    F32 scale;
+
+    explicit Scales(const Float16* from) : scale(F32::load(from)) {}
+    F32 add(I32 total, const char*, const char* input_scale, F32 sum) const {
+      return F32::fma(scale * Float32Line::broadcast(input_scale), total.to_f32(), sum);
+    }
+  };
+};
+
+// Facts: the scale of the inputs, and that times their sum.
+struct Int4Code {
+  static constexpr Precision kPrecision = Precision::kInt4;
+  static constexpr int kInputs = 2, kGroupScales = 2;
+  static constexpr bool kUnrolled = true;
+  using Weights = Int4Weights;
+  using Sum = Int4Sum;
+
+  static Int4Sum first_sum(const char*) { return Int4Sum::zero(); }
+  static void add(const Int4Weights& w, const Int8Inputs (&x)[2], Int4Sum& sum) {
+    sum.add(w, x[0], x[1]);
+  }
+  static void set_facts(QuantisedInputs group, const TokenWords& to) {
+    to.set(0, group.scale);
+    to.set(1, group.scale * group.sum);
+  }
+
+  struct Scales {
+    F32 step, minimum;
+
+    explicit Scales(const Float16* from)
+        : step(F32::load(from)), minimum(F32::load(from + kPanelRows)) {}
+    F32 add(Int4Sum total, const char* input_scale, const char* input_sum, F32 sum) const {
+      sum = F32::fma(minimum, Float32Line::broadcast(input_sum), sum);
+      return F32::fma(step * Float32Line::broadcast(input_scale), total.total().to_f32(), sum);
+    }
+  };
+};
+
+using Int8Groups = IntegerGroups<Int8Code>;
+using Int4Groups = IntegerGroups<Int4Code>;
 
 // --- Tiles ------------------------------------------------------------------------------------
 
