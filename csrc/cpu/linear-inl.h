@@ -293,7 +293,8 @@ struct Int8Code {
 struct Int4Code {
   static constexpr Precision kPrecision = Precision::kInt4;
   static constexpr int kInputs = 2, kGroupScales = 2;
-  static constexpr bool kUnrolled = true;
+  // With few registers the sums of unrolled lines go to memory and back.
+  static constexpr bool kUnrolled = F32::kRegisters >= 32;
   using Weights = Int4Weights;
   using Sum = Int4Sum;
 
