@@ -110,7 +110,8 @@ def _near_miss(key: str, known: Iterable[str]) -> str:
 def _unknown(path: str, section: str, cls: type, root: type) -> str:
     beside = [section + f.name for f in dataclasses.fields(cls)]
     anywhere = [f.name for f in fields_of(root)] + [f.name for f in dataclasses.fields(root)]
-    return f"unknown setting {path!r}{_near_miss(path, beside) or _near_miss(path, anywhere)}"
+    near = _near_miss(path, beside) or _near_miss(path, anywhere)
+    return f"unknown setting {path!r}{near or '; known here: ' + ', '.join(beside)}"
 
 
 def _build(

@@ -268,7 +268,7 @@ def _speed(row: Row) -> list[str]:
     )
     aims = []
     if (aim := TPOT_AIMS.get(round(row["skip_rate_asked"], 4))) is not None:
-        reached = word == "less" and change >= aim
+        reached = 1 - 1 / row["speedup"] >= aim
         aims.append(f"{aim:.0%} less is {'reached' if reached else 'MISSED'}")
     met = "reached" if row["achieved_ratio"] >= ACHIEVED_AIM else "MISSED"
     aims.append(f"{ACHIEVED_AIM:.0%} of the ideal is {met}")

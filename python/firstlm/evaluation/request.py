@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,20 +54,11 @@ class Effort:
         """An effort as it is, or one of a mapping, whose missing names take their defaults.
 
         Raises:
-            ValueError: names that are no attributes (with a near miss and all that are), or values
-                of another type or too small.
+            ValueError: names that are no attributes, or values of another type or too small.
         """
         if isinstance(given, Effort):
             return given
-        given = given or {}
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), known, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
-            names = ", ".join(map(repr, unknown))
-            raise ValueError(f"effort knows no {names}: it takes {', '.join(known)}{guess}")
-        return build_settings(cls, given)
+        return build_settings(cls, given or {})
 
 
 @dataclass(frozen=True)
