@@ -1,8 +1,10 @@
 #include "router.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "arithmetic.h"
 #include "parallel.h"
@@ -117,18 +119,21 @@ struct PromptCursor {
   }
 };
 
-// How rows are read: `at_once` of them, while what lies `ahead` bytes further is fetched.
+// How rows are read: `at_once` of them, while what lies `ahead` of them is fetched.
 struct Reading {
   int at_once;
-  int64_t ahead;
+  RowsAhead ahead;
 
-  // Whole rows in the order of memory are read fastest one by one, as one stream; pieces of rows
-  // several at once.
   template <class T>
   static Reading of(const Tokens<const T>& tokens, int64_t width) {
-    constexpr int64_t kStreamAhead = 8192;  // bytes: what memory delivers within its latency
-    if (width == tokens.stride) return {1, kStreamAhead};
-    return {kRowsPerPass, kRowsPerPass * tokens.stride * static_cast<int64_t>(sizeof(T))};
+    constexpr int64_t kStreamAhead = 8192;      // bytes: what memory delivers within its latency
+    constexpr int64_t kGroupBytes = 16 * 1024;  // that L1 holds beside what is fetched and the sums
+    const int64_t row_bytes = tokens.stride * static_cast<int64_t>(sizeof(T));
+    if (width != tokens.stride) return {kRowsPerPass, {kRowsPerPass * row_bytes, false}};
+    const int64_t at_once = std::clamp<int64_t>(kGroupBytes / row_bytes, 1, kRowsPerPass);
+    const int64_t group_bytes = at_once * row_bytes;
+    const int64_t groups_ahead = ceil_div(kStreamAhead, group_bytes);
+    return {static_cast<int>(at_once), {groups_ahead * group_bytes, true}};
   }
 };
 
@@ -293,10 +298,35 @@ struct PoolPlan {
   int64_t scratch_elements() const { return pieces == 1 ? 0 : B * later * D; }
 };
 
+// Sequences in the order in which threads take them: the longest first, so that none begins a long
+// one when the others are about to end. Of many sequences any order will do.
+class SequenceOrder {
+ public:
+  static SequenceOrder as_given() { return SequenceOrder(0); }
+  static SequenceOrder longest_first(const PackedStates& hidden) {
+    SequenceOrder order(hidden.B <= kMost ? hidden.B : 0);
+    const auto begin = order.sequences_.begin(), end = begin + order.count_;
+    std::iota(begin, end, 0);
+    std::sort(begin, end,
+              [&](int64_t a, int64_t b) { return hidden.length(a) > hidden.length(b); });
+    return order;
+  }
+
+  int64_t operator[](int64_t i) const { return i < count_ ? sequences_[i] : i; }
+
+ private:
+  static constexpr int64_t kMost = 64;
+  explicit SequenceOrder(int64_t count) : count_(count) {}
+
+  int64_t count_;
+  std::array<int64_t, kMost> sequences_;
+};
+
 // tokens_of(element, b) are the tokens of sequence b. scratch [B, W, K - 1, D] of the plan's K.
 template <class TokensOf>
 void pool_sequences(const Kernels& kernels, DType dtype, const PoolPlan& plan, Pooling pooling,
-                    const TokensOf& tokens_of, void* scratch, void* pooled) {
+                    const SequenceOrder& order, const TokensOf& tokens_of, void* scratch,
+                    void* pooled) {
   // body(columns, tokens, i) for i < parts of every sequence.
   const auto for_each = [&](auto element, int64_t parts, int64_t max_width, int team,
                             const auto& body) {
@@ -305,7 +335,7 @@ void pool_sequences(const Kernels& kernels, DType dtype, const PoolPlan& plan, P
     const ColumnBlocks blocks(plan.B * parts, plan.D, max_width, team);
     parallel_for(plan.B * parts * blocks.count, team, [&](int64_t item) {
       const int64_t block = item % blocks.count, part = item / blocks.count % parts;
-      const int64_t b = item / blocks.count / parts, column = blocks.begin(block);
+      const int64_t b = order[item / blocks.count / parts], column = blocks.begin(block);
       Tokens<const T> tokens = tokens_of(element, b);
       tokens.data += column;
       const PooledColumns<T> columns{kernels.add_rows[static_cast<int>(dtype)],
@@ -393,8 +423,8 @@ void router_pool(const Kernels& kernels, const HiddenStates& hidden, const bool*
     const T* first = static_cast<const T*>(hidden.data) + b * hidden.stride_B;
     return Tokens<const T>{first, hidden.stride_T, hidden.T, prompt_mask + b * hidden.T};
   };
-  pool_sequences(kernels, hidden.dtype, plan_of(hidden, pooling, threads), pooling, tokens_of,
-                 scratch, pooled);
+  pool_sequences(kernels, hidden.dtype, plan_of(hidden, pooling, threads), pooling,
+                 SequenceOrder::as_given(), tokens_of, scratch, pooled);
 }
 
 void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, Pooling pooling,
@@ -419,8 +449,8 @@ void router_pool_packed(const Kernels& kernels, const PackedStates& hidden, Pool
     const T* first = static_cast<const T*>(hidden.data) + hidden.offsets[b] * hidden.stride_N;
     return Tokens<const T>{first, hidden.stride_N, hidden.length(b), nullptr};
   };
-  pool_sequences(kernels, hidden.dtype, plan_of(hidden, pooling, threads), pooling, tokens_of,
-                 scratch, pooled);
+  pool_sequences(kernels, hidden.dtype, plan_of(hidden, pooling, threads), pooling,
+                 SequenceOrder::longest_first(hidden), tokens_of, scratch, pooled);
 }
 
 void router_pool_packed_backward(const PackedStates& hidden, Pooling pooling,

@@ -5,11 +5,18 @@
 #include "vec_math-inl.h"
 
 template <int kCount, class T>
-void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumulator<T>* sums) {
+void add_row_group(const void* const* rows, int64_t width, RowsAhead ahead, Accumulator<T>* sums) {
   using Vec = typename VecOf<T>::type;
+  constexpr int64_t kLine = 64;  // bytes
+  constexpr int kLineElements = kLine / sizeof(T);
   const T* row[kCount];
-  for (int r = 0; r < kCount; ++r) row[r] = static_cast<const T*>(rows[r]);
-  constexpr int kLineElements = 64 / sizeof(T);
+  const char* next[kCount];
+  for (int r = 0; r < kCount; ++r) {
+    row[r] = static_cast<const T*>(rows[r]);
+    const void* first = ahead.in_sequence ? rows[0] : rows[r];
+    next[r] = static_cast<const char*>(first) + ahead.bytes + (ahead.in_sequence ? r * kLine : 0);
+  }
+  const int64_t step = ahead.in_sequence ? kCount * kLine : kLine;
   constexpr int kVectors = kLineElements / Vec::kLanes;  // of a line, which is fetched as a whole
   int64_t i = 0;
   const auto add_vector = [&](int64_t at) {
@@ -19,7 +26,8 @@ void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumu
   };
   for (; i + kLineElements <= width; i += kLineElements) {
     for (int r = 0; r < kCount; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(row[r] + i) + ahead);
+      __builtin_prefetch(next[r]);
+      next[r] += step;
     }
     for (int v = 0; v < kVectors; ++v) add_vector(i + v * Vec::kLanes);
   }
@@ -30,7 +38,7 @@ void add_row_group(const void* const* rows, int64_t width, int64_t ahead, Accumu
 }
 
 template <class T>
-void add_rows(const void* const* rows, int count, int64_t width, int64_t ahead, void* sums) {
+void add_rows(const void* const* rows, int count, int64_t width, RowsAhead ahead, void* sums) {
   static_assert(kRowsPerPass == 4);
   auto* out = static_cast<Accumulator<T>*>(sums);
   switch (count) {

@@ -13,12 +13,18 @@ namespace firstlm {
 // Rows that add_rows takes at once, so that the sums pass through L1 once for all of them.
 inline constexpr int kRowsPerPass = 4;
 
+// What add_rows prefetches meanwhile, a line for each line that it adds: what lies `bytes` after
+// the rows, the next rows as a rule. Hardware does not follow streams this short.
+struct RowsAhead {
+  int64_t bytes;
+  bool in_sequence;  // rows follow each other without gaps: fetched in that order, the fastest
+};
+
 // sums[i] += rows[0][i], then rows[1][i], … rows[count - 1][i], for i < width and count in
 // [1, kRowsPerPass]. Rows are of the table index's type, sums of its accumulator's. Rows are added
 // in their order, one by one, on every instruction set: sums depend neither on it nor on how rows
-// are divided into calls. What lies `ahead` bytes after the rows, the next rows as a rule, is
-// prefetched: hardware does not follow streams this short.
-using AddRows = void (*)(const void* const* rows, int count, int64_t width, int64_t ahead,
+// are divided into calls.
+using AddRows = void (*)(const void* const* rows, int count, int64_t width, RowsAhead ahead,
                          void* sums);
 
 // Slots of the cache that decode attention takes at once, whatever the threads: results do not

@@ -47,12 +47,12 @@ void check_add_rows(DType dtype) {
         std::vector<Sum> sums = random_values<Sum>(width + 1, 9), twin = sums, before = sums;
         std::vector<Sum> one_by_one = sums;
         const auto table_index = static_cast<int>(dtype);
-        kernels->add_rows[table_index](pointers.data(), count, width, 4096, sums.data());
-        available_kernels()[0]->add_rows[table_index](pointers.data(), count, width, 0,
+        kernels->add_rows[table_index](pointers.data(), count, width, {4096, true}, sums.data());
+        available_kernels()[0]->add_rows[table_index](pointers.data(), count, width, {0, false},
                                                       twin.data());
         CHECK(sums == twin);
         for (const void* row : pointers) {
-          kernels->add_rows[table_index](&row, 1, width, 64, one_by_one.data());
+          kernels->add_rows[table_index](&row, 1, width, {64, false}, one_by_one.data());
         }
         CHECK(sums == one_by_one);
         CHECK(sums[width] == before[width]);
