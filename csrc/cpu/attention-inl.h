@@ -5,24 +5,31 @@
 // that a split needs no running maximum. Keys and values are read from memory once for all query
 // heads of a group; what several passes of heads read again is in L1.
 
-// Query heads whose sums stay in registers beside four keys or four vectors of values.
-template <class Vec>
-inline constexpr int kHeadsPerPass = Vec::kRegisters >= 32 ? 4 : 3;
+// Query heads that are taken through keys and values together.
+inline constexpr int kHeadsPerPass = 4;
 
-inline constexpr int kHeadsPerChunk = 16;    // whose scores are on the stack
-inline constexpr int kSlotsPerBlock = 16;    // that all passes of heads go over while in L1
-inline constexpr int kPrefetchBytes = 8192;  // how far ahead: latency times bandwidth, and more
+// Keys, or vectors of values, that a pass of so many heads takes at once: as many as leave its sums
+// in registers.
+template <class Vec>
+constexpr int group_size_of(int64_t heads) {
+  return Vec::kRegisters < 32 && heads == kHeadsPerPass ? 3 : 4;
+}
+
+inline constexpr int kHeadsPerChunk = 16;     // whose scores are on the stack
+inline constexpr int kSlotsPerBlock = 24;     // whole groups of three or four keys
+inline constexpr int kPrefetchBytes = 12288;  // how far ahead: latency times bandwidth, and more
 
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
 
-// body(Constant<heads>, first head), in as few passes as registers allow, of about the same size.
-template <class Vec, class Body>
+// body(Constant<heads>, first head), in as few passes of kMost heads at most as there can be, all
+// of about the same size.
+template <int kMost, class Body>
 void for_each_pass(int64_t heads, const Body& body) {
-  static_assert(kHeadsPerPass<Vec> <= 4);
-  int64_t passes = (heads + kHeadsPerPass<Vec> - 1) / kHeadsPerPass<Vec>;
+  static_assert(kMost <= 4);
+  int64_t passes = (heads + kMost - 1) / kMost;
   for (int64_t g = 0; g < heads; --passes) {
     const int64_t count = (heads - g + passes - 1) / passes;
     switch (count) {
@@ -41,6 +48,17 @@ void for_each_pass(int64_t heads, const Body& body) {
     }
     g += count;
   }
+}
+
+// body(Constant<group size>) for the keys and values that the passes of so many heads take at once.
+template <class Vec, class Body>
+void with_group_size(int64_t heads, const Body& body) {
+  const int64_t passes = (heads + kHeadsPerPass - 1) / kHeadsPerPass;
+  const int64_t widest = (heads + passes - 1) / passes;
+  if constexpr (group_size_of<Vec>(kHeadsPerPass) == 3) {
+    if (widest == kHeadsPerPass) return body(Constant<3>{});
+  }
+  body(Constant<4>{});
 }
 
 // Elements of T as vectors of the accumulator's type: how values are read, and keys where an
@@ -144,6 +162,11 @@ Ahead score_keys(const AttentionSplit& split, const typename Form::Query* querie
   for (int h = 0; h < kHeads; ++h) {
     if constexpr (kKeys == 4) {
       Vec::store_sums(sums[h], scores + h * kSlotsPerSplit);
+    } else if constexpr (kKeys == 3) {
+      const Vec with_zero[4] = {sums[h][0], sums[h][1], sums[h][2], Vec::zero()};
+      Accumulator<T> of_keys[4];
+      Vec::store_sums(with_zero, of_keys);
+      for (int k = 0; k < 3; ++k) scores[h * kSlotsPerSplit + k] = of_keys[k];
     } else {
 #pragma GCC unroll 4
       for (int k = 0; k < kKeys; ++k) scores[h * kSlotsPerSplit + k] = sums[h][k].sum();
@@ -152,31 +175,44 @@ Ahead score_keys(const AttentionSplit& split, const typename Form::Query* querie
   return ahead;
 }
 
+// body(Constant<kAtOnce>, first), then body(Constant<1>, …) for what is left of n.
+template <int kAtOnce, class Body>
+void for_each_group(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kAtOnce <= n; i += kAtOnce) body(Constant<kAtOnce>{}, i);
+  for (; i < n; ++i) body(Constant<1>{}, i);
+}
+
+// body(first slot, slots)
+template <class Body>
+void for_each_block(int64_t slots, const Body& body) {
+  for (int64_t first = 0; first < slots; first += kSlotsPerBlock) {
+    const int64_t left = slots - first;
+    body(first, left < kSlotsPerBlock ? left : kSlotsPerBlock);
+  }
+}
+
 template <class T, class Form>
 void score_split(const AttentionSplit& split, const typename Form::Query* queries, int64_t heads,
                  Accumulator<T>* scores) {
-  using Vec = typename VecOf<T>::type;
-  constexpr int kKeys = 4;
   const int64_t D_padded = padded_head_dim(split.D);
-  for (int64_t first = 0; first < split.slots; first += kSlotsPerBlock) {
-    const int64_t left = split.slots - first;
-    const int64_t n = left < kSlotsPerBlock ? left : kSlotsPerBlock;
+  // Heads in the inner loop: what is prefetched by the first pass then comes evenly.
+  const auto score_block = [&](auto group_size, int64_t first, int64_t n) {
     const T* keys = static_cast<const T*>(split.keys) + first * split.stride_keys;
-    const Ahead of_block = ahead_of<T>(split, first);
-    for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
-      const typename Form::Query* of_heads = queries + g * D_padded;
-      Accumulator<T>* to = scores + g * kSlotsPerSplit + first;
-      Ahead ahead = g == 0 ? of_block : Ahead::nothing(split.keys);
-      const T* key = keys;
-      int64_t i = 0;
-      for (; i + kKeys <= n; i += kKeys, key += kKeys * split.stride_keys) {
-        ahead = score_keys<T, Form, count.value, kKeys>(split, of_heads, key, ahead, to + i);
-      }
-      for (; i < n; ++i, key += split.stride_keys) {
-        ahead = score_keys<T, Form, count.value, 1>(split, of_heads, key, ahead, to + i);
-      }
+    Ahead ahead = ahead_of<T>(split, first);
+    for_each_group<group_size.value>(n, [&](auto group, int64_t i) {
+      for_each_pass<kHeadsPerPass>(heads, [&](auto count, int64_t g) {
+        const Ahead after = score_keys<T, Form, count.value, group.value>(
+            split, queries + g * D_padded, keys + i * split.stride_keys,
+            g == 0 ? ahead : Ahead::nothing(split.keys), scores + g * kSlotsPerSplit + first + i);
+        if (g == 0) ahead = after;
+      });
     });
-  }
+  };
+  with_group_size<typename VecOf<T>::type>(heads, [&](auto group_size) {
+    for_each_block(split.slots,
+                   [&](int64_t first, int64_t n) { score_block(group_size, first, n); });
+  });
 }
 
 // scores [n] of one head -> exp(score - maximum), in place, after the scale and the soft cap. What
@@ -256,29 +292,24 @@ void sum_split(const AttentionSplit& split, const Accumulator<T>* weights, int64
                Accumulator<T>* sums) {
   using Vec = typename VecOf<T>::type;
   constexpr int64_t kLanes = Vec::kLanes;
-  for (int64_t first = 0; first < split.slots; first += kSlotsPerBlock) {
-    const int64_t left = split.slots - first;
-    const int64_t n = left < kSlotsPerBlock ? left : kSlotsPerBlock;
+  const auto sum_block = [&](auto group_size, int64_t first, int64_t n) {
     const T* values = static_cast<const T*>(split.values) + first * split.stride_values;
-    const Ahead of_block = ahead_of<T>(split, split.slots + first);
-    for_each_pass<Vec>(heads, [&](auto count, int64_t g) {
-      constexpr int kHeads = decltype(count)::value;
-      const Accumulator<T>* of_heads = weights + g * kSlotsPerSplit + first;
-      Accumulator<T>* to = sums + g * split.stride_sums;
-      Ahead ahead = g == 0 ? of_block : Ahead::nothing(split.keys);
-      int64_t d = 0;
-      for (; d + 4 * kLanes <= split.D; d += 4 * kLanes) {
-        ahead = add_values<T, kHeads, 4>(split, of_heads, values + d, n, 0, ahead, to + d);
-      }
-      for (; d + kLanes <= split.D; d += kLanes) {
-        ahead = add_values<T, kHeads, 1>(split, of_heads, values + d, n, 0, ahead, to + d);
-      }
-      if (d < split.D) {
-        ahead =
-            add_values<T, kHeads, 0>(split, of_heads, values + d, n, split.D - d, ahead, to + d);
-      }
-    });
-  }
+    Ahead ahead = ahead_of<T>(split, split.slots + first);
+    const auto add_columns = [&](auto vectors, int64_t d) {
+      for_each_pass<kHeadsPerPass>(heads, [&](auto count, int64_t g) {
+        const Ahead after = add_values<T, count.value, vectors.value>(
+            split, weights + g * kSlotsPerSplit + first, values + d, n, split.D - d,
+            g == 0 ? ahead : Ahead::nothing(split.keys), sums + g * split.stride_sums + d);
+        if (g == 0) ahead = after;
+      });
+    };
+    for_each_group<group_size.value>(
+        split.D / kLanes, [&](auto vectors, int64_t i) { add_columns(vectors, i * kLanes); });
+    if (split.D % kLanes != 0) add_columns(Constant<0>{}, split.D / kLanes * kLanes);
+  };
+  with_group_size<Vec>(heads, [&](auto group_size) {
+    for_each_block(split.slots, [&](int64_t first, int64_t n) { sum_block(group_size, first, n); });
+  });
 }
 
 // Query heads [g, g + heads), at most kHeadsPerChunk; their queries.

@@ -248,7 +248,7 @@ void attend_tile(const PrefillBlock& block, const PrefillSlots& slots, const Pre
         r + kRowsPerStep < tile.rows ? tile.first + r + kRowsPerStep - 1 : last_row;
     const SeenSlots by_rows = seen_slots(block, slots, tile.first + r, last);
     if (by_rows.first >= by_rows.last) continue;
-    for_each_pass<F32>(columns, [&](auto count, int64_t c) {
+    for_each_pass<kVectorsPerTile<F32>>(columns, [&](auto count, int64_t c) {
       const int64_t d = c * F32::kLanes;
       add_weighted<count.value>(scores + r, slots.values + d, slots.stride_values, by_rows,
                                 scales + r, D_padded, tile.sums + r * D_padded + d);
@@ -297,7 +297,7 @@ void attend_tokens(const PrefillBlock& block) {
                                 scratch.maxima + i,
                                 scratch.totals + i};
       const int64_t vectors = (tile.rows + F32::kLanes - 1) / F32::kLanes;
-      for_each_pass<F32>(vectors, [&](auto count, int64_t) {
+      for_each_pass<kVectorsPerTile<F32>>(vectors, [&](auto count, int64_t) {
         attend_tile<count.value>(block, slots, tile, scratch.scores);
       });
     }
