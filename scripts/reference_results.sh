@@ -4,8 +4,9 @@
 #
 #   bash scripts/reference_results.sh                      # skip rates 0.2667 and 0.5, one seed
 #   RATES="0.5" SEEDS="0 1 2" bash scripts/reference_results.sh
+#   NAME=short bash scripts/reference_results.sh warmup.steps=60 lora.steps=160    # settings of every training
 #
-# Runs are in runs/reference/, the results in results/reference/. Half an hour or more of one core a run of
+# Runs are in runs/NAME/, the results in results/NAME/. Half an hour or more of one core a run of
 # 800 steps; every step goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,13 +15,15 @@ firstlm_environment test # the metrics are in an extra
 
 RATES=${RATES:-0.2667 0.5}
 SEEDS=${SEEDS:-0}
-runs=runs/reference
+NAME=${NAME:-reference}
+runs=runs/$NAME
+settings=("$@")
 
 # train NAME OVERRIDE…: a finished run is read, not repeated.
 train() {
   local name=$1
   shift
-  firstlm train --config configs/smollm2-mixture.yaml output_dir="$runs/$name" "$@"
+  firstlm train --config configs/smollm2-mixture.yaml output_dir="$runs/$name" "$@" "${settings[@]}"
 }
 
 arguments=()
@@ -41,9 +44,8 @@ for rate in $RATES; do
   arguments+=(-c "$rate=$(folders first "$rate")" --trained "static=$rate=$(folders static "$rate")")
 done
 
-first_seed=${SEEDS%% *}
-train lora control=lora_only seed="$first_seed"
+train lora control=lora_only seed="${SEEDS%% *}"
 firstlm evaluate "${arguments[@]}" --trained lora_only="$runs/lora/checkpoint" \
   --data debian-synopsis --data debian-en-de --max-length 192 \
   --controls base,shuffled,shuffled_in_task,length,most_kept,random,uniform \
-  --output results/reference
+  --output "results/$NAME"
