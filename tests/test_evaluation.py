@@ -21,14 +21,15 @@ from firstlm.adapter import attach_adapter
 from firstlm.controls import write_plan_into_routers
 from firstlm.evaluation import checks, store
 from firstlm.evaluation import run as evaluation_run
-from firstlm.evaluation.data import fingerprint, load_evaluation_data
+from firstlm.evaluation.data import EvaluationData, fingerprint, load_evaluation_data
 from firstlm.evaluation.files import read_evaluation
 from firstlm.evaluation.methods import CONTROLS, length_plans
 from firstlm.evaluation.records import Evaluation
 from firstlm.evaluation.request import Effort
 from firstlm.health import derangement
 from firstlm.router import RouterConfig
-from firstlm.train_config import LoraPhaseConfig
+from firstlm.train_config import LoraPhaseConfig, TrainConfig
+from firstlm.train_data import load_set
 from tiny_gguf import draw_routers, tiny_model_folder
 
 LAYERS = 6
@@ -208,7 +209,44 @@ def test_latency_is_measured_beside_the_full_model(whole) -> None:
             shares = [a / b for a, b in zip(timing.kv_bytes, timing.full_kv_bytes, strict=True)]
             assert shares == [len(kept) / LAYERS] * 2
     assert evaluation.checks["tokens of every timed answer"] == "4"
+    timed = [found for name, found in evaluation.checks.items() if "timed engine's" in name]
+    assert timed and all(found.split(" of ")[0] + " prompts" == found.split(" of ")[1]
+                         for found in timed)  # fmt: skip
     assert "12 steps" in evaluation.checks["optimizer steps"]
+
+
+def test_a_file_that_was_trained_on_lends_what_training_held_out(folders, tmp_path) -> None:
+    file, tokenizer = tmp_path / "mine.jsonl", AutoTokenizer.from_pretrained(folders["first"])
+    rows = [{"id": str(i), "prompt": f"shell {i}", "answer": "tools"} for i in range(400)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    checkpoint = shutil.copytree(folders["first"].parent, tmp_path / "run") / "checkpoint"
+    options = {"examples": 400, "validation": 400, "max_length": 64, "seed": 0}
+
+    def loaded(train: Any) -> EvaluationData:
+        TrainConfig.from_dict({"data": {"train": train}}).to_yaml(tmp_path / "run" / "config.yaml")
+        return load_evaluation_data([file], tokenizer, checkpoints=[checkpoint], **options)
+
+    trained_on = {str(row["id"]) for row in load_set(None, str(file), "train", None, 0, {})}
+    found = loaded(str(file))
+    ids = {example.id for example in found.validation + found.test}
+    assert len(ids) == 400 - len(trained_on) and not ids & trained_on
+    everything = loaded("debian-synopsis")
+    assert {e.id for e in everything.validation + everything.test} == {row["id"] for row in rows}
+    with pytest.raises(ValueError, match="was trained on it"):
+        loaded([str(file), "debian-synopsis"])
+
+
+def test_examples_that_results_could_not_tell_apart_are_refused_at_once(folders, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["first"])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        line = json.dumps({"prompt": "a shell", "answer": "tools"})
+        (tmp_path / folder / "same.jsonl").write_text("\n".join([line] * 8))
+    files = [tmp_path / folder / "same.jsonl" for folder in ("a", "b")]
+    with pytest.raises(ValueError, match="'same' comes twice"):
+        load_evaluation_data(
+            files, tokenizer, examples=4, validation=4, max_length=64, seed=0
+        )  # fmt: skip
 
 
 def test_a_batch_is_of_one_task(folders, data) -> None:
@@ -316,6 +354,20 @@ def test_a_control_of_other_steps_is_refused(folders, data, tmp_path) -> None:
     text = checks.check_steps(str(folders["first"]), {"static": str(copy / "checkpoint")})
     assert text == "12 steps; unknown of static"
     assert checks.check_steps(str(copy / "checkpoint"), {}).startswith("unknown")
+
+
+def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
+    folders, data, tmp_path
+) -> None:
+    runs = {name: tmp_path / name for name in ("first", "static")}
+    for name, run_folder in runs.items():
+        shutil.copytree(folders[name].parent, run_folder)
+        TrainConfig().to_yaml(run_folder / "config.yaml")
+    own, rival = (str(run_folder / "checkpoint") for run_folder in runs.values())
+    assert checks.check_steps(own, {"static": rival}) == "12 steps"
+    TrainConfig.from_dict({"batch_size": 2}).to_yaml(runs["static"] / "config.yaml")
+    with pytest.raises(checks.CheckFailed, match="batch_size 2 instead of 8"):
+        run(own, data, tmp_path / "out", trained={"static": [folders["static"], rival]})
 
 
 @pytest.mark.parametrize(

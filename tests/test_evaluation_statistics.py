@@ -178,6 +178,17 @@ def test_several_seeds_get_a_row_of_all_that_knows_how_much_they_vary() -> None:
     assert alike["ci95"][1] < 0 < apart["ci95"][1] and widths[1] > 4 * widths[0]
 
 
+@pytest.mark.parametrize("name, weights", [("static", "trained"), ("random", "first")])
+def test_one_seed_is_compared_with_all_seeds_or_draws_of_a_rival(name: str, weights) -> None:
+    rivals = [result(Method(name, weights, 0.25, seed), cost) for seed, cost in enumerate((0, 2))]
+    own, *others = rows(Evaluation({}, [result(FIRST, 1.0), *rivals]))
+    assert [row["seed"] for row in others] == [0, 1, "all"]
+    difference = own["vs"][f"{name}-{weights}"]["cross_entropy"]
+    means = [row["metrics"]["cross_entropy"]["mean"] for row in (own, others[-1])]
+    assert difference["delta"] == pytest.approx(means[0] - means[1])
+    assert difference["ci95"][0] < 0 < difference["ci95"][1]
+
+
 def test_a_row_says_which_plans_ran_and_how_fast() -> None:
     found = rows(evaluation(n=20))
     first = next(r for r in found if r["method"] == "first" and r["seed"] == "all")

@@ -169,6 +169,8 @@ def evaluate(
         "messages_column": messages_column,
     }  # fmt: skip
     if oracle:
+        if trained or controls is not None:
+            raise typer.BadParameter("--oracle compares plans of one checkpoint: no other methods")
         _oracle(first, data, rates, output, dtype, columns, {
             "candidates": candidates, "choosing": validation, "reported": examples,
             "importance_prompts": plan_examples, "max_length": max_length,
@@ -222,7 +224,10 @@ def _oracle(
     methods.check_folders(first, "--checkpoint")
     settings = {name: value for name, value in given.items() if value is not None}
     for rate in methods.rates_of(first, rates):
-        folder = (first.get(rate) or first[None])[0]
+        of_rate = first.get(rate, first.get(None))
+        if of_rate is None:
+            raise ValueError(f"--checkpoint names no folder for the skip rate {rate:g}")
+        folder = of_rate[0]
         own = output / f"oracle-{rate:g}"
         chosen = OracleSettings(rate, **settings)
         run_oracle(

@@ -113,14 +113,19 @@ def load_examples(
     count: int,
     seed: int,
     columns: Mapping[str, Any] | None = None,
+    shared: bool = False,
 ) -> tuple[list[Example], int, int]:
     """Draws examples; arguments as of load_held_out.
+
+    Args:
+        shared: a file without splits was trained on: what training lends to `split` is taken.
 
     Returns:
         `count` examples or as many as fit, how many were passed over because of their length, and
         how many there are in all.
     """
-    dataset = load_set(source, source, split, None, seed, columns or {})
+    own = None if shared else source
+    dataset = load_set(own, source, split, None, seed, columns or {})
     end = answer_end(tokenizer)
     found: list[Example] = []
     too_long = 0

@@ -11,6 +11,13 @@ import torch
 
 from firstlm.decode_paths import DecodePath
 from firstlm.held_out import Example
+from firstlm.settings import flatten
+from firstlm.train_config import TrainConfig
+
+# Settings that decide which examples a step sees.
+_EXAMPLES = (
+    "data.train", "data.max_length", "data.max_examples", "batch_size", "accumulation",
+)  # fmt: skip
 
 
 class CheckFailed(RuntimeError):
@@ -57,6 +64,16 @@ def check_routed_plans(
     return f"{len(keep)} prompts"
 
 
+def compare_timed_plans(
+    path: DecodePath, examples: Sequence[Example], keep: torch.Tensor, rate: float
+) -> str:
+    """How many of the timed prompts get, from the weights that are timed, the plans that were
+    scored. Rounded weights may tip a router that lies near its threshold: that is no error, but
+    quality and speed are then of different plans."""
+    same = int((path.plans(examples, {"budget": rate}) == keep).all(1).sum())
+    return f"{same} of {len(keep)} prompts"
+
+
 def optimizer_steps(checkpoint: str | Path) -> int | None:
     """Steps that a run took over all phases; None where its folder does not say."""
     try:
@@ -67,14 +84,14 @@ def optimizer_steps(checkpoint: str | Path) -> int | None:
 
 
 def check_steps(first: str, controls: Mapping[str, str]) -> str:
-    """Trained controls took FiRST's number of optimizer steps.
+    """Trained controls took FiRST's number of optimizer steps, on the same examples.
 
     Args:
         first: FiRST's checkpoint.
         controls: method key -> checkpoint.
 
     Raises:
-        CheckFailed: one took another number.
+        CheckFailed: one took another number, or others.
     """
     own = optimizer_steps(first)
     unknown = []
@@ -87,9 +104,24 @@ def check_steps(first: str, controls: Mapping[str, str]) -> str:
                 f"{name} was trained for {steps} optimizer steps and FiRST for {own}: a control "
                 "gets FiRST's number over all phases"
             )
+        if other := _other_settings(Path(first).parent, Path(folder).parent):
+            raise CheckFailed(f"{name} was trained on other examples than FiRST: {other}")
     if own is None:
         return f"unknown: no result.json beside {first}"
     return f"{own} steps" + (f"; unknown of {', '.join(unknown)}" if unknown else "")
+
+
+def _other_settings(first: Path, control: Path) -> str:
+    """What decides which examples a step sees, where the configs of two runs differ in it."""
+    files = [run / "config.yaml" for run in (first, control)]
+    if not all(file.is_file() for file in files):
+        return ""
+    own, other = (dict(flatten(TrainConfig.from_yaml(file).to_dict())) for file in files)
+    return ", ".join(
+        f"{name} {other[name]} instead of {own[name]}"
+        for name in _EXAMPLES
+        if other[name] != own[name]
+    )
 
 
 def _plan(keep: torch.Tensor) -> Any:

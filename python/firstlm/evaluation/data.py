@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from firstlm.corpus import CORPUS_NAMES
 from firstlm.held_out import Example, load_examples, load_held_out
+from firstlm.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def load_evaluation_data(
     max_length: int,
     seed: int,
     columns: Mapping[str, Any] | None = None,
+    checkpoints: Sequence[str | Path] = (),
 ) -> EvaluationData:
     """Draws examples of every source.
 
@@ -65,20 +68,24 @@ def load_evaluation_data(
         examples, validation: of each source.
         max_length: longer examples (prompt + answer, tokens) are passed over.
         seed: of the draw.
+        checkpoints: what is evaluated. Of a file without splits that one of them was trained on,
+            the shares that training held out are taken.
 
     Raises:
-        ValueError: what load_corpus raises, or too few examples.
+        ValueError: what load_corpus raises, too few examples, examples that come twice, or a file
+            that was trained on as a whole.
     """
     chosen: list[Example] = []
     tested: list[Example] = []
     too_long = 0
     options: dict[str, Any] = {"max_length": max_length, "seed": seed, "columns": columns}
     for source in sources:
-        if _has_splits(source):
+        shared = _was_trained_on(source, checkpoints)
+        if shared or _has_splits(source):
             parts = {}
             for split, count in (("validation", validation), ("test", examples)):
                 found, passed, total = load_examples(
-                    source, split, tokenizer, count=count, **options
+                    source, split, tokenizer, count=count, shared=shared, **options
                 )
                 if len(found) < 2:
                     raise ValueError(
@@ -96,12 +103,44 @@ def load_evaluation_data(
             too_long += held_out.too_long
         chosen += own
         tested += measured
+    _check_once(tested)
     return EvaluationData(chosen, tested, too_long)
 
 
 def _has_splits(source: Any) -> bool:
-    if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
-        from pathlib import Path
-
+    if isinstance(source, (str, Path)):
         return source in CORPUS_NAMES or not Path(source).is_file()
     return isinstance(source, Mapping)
+
+
+def _was_trained_on(source: Any, checkpoints: Sequence[str | Path]) -> bool:
+    """Whether a file without splits is what training drew all its sets from."""
+    if _has_splits(source) or not isinstance(source, (str, Path)):
+        return False
+    return any(_trains_on(Path(source), Path(folder).parent) for folder in checkpoints)
+
+
+def _trains_on(file: Path, run: Path) -> bool:
+    config = run / "config.yaml"
+    if not config.is_file():
+        return False
+    train = TrainConfig.from_yaml(config).data.train
+    several = not isinstance(train, str)
+    named = list(train) if several else [train]
+    if not any(part and Path(part).resolve() == file.resolve() for part in named):
+        return False
+    if several:  # of a mixture, training lends nothing
+        raise ValueError(f"{file}: {run} was trained on it: name examples that were held out")
+    return True
+
+
+def _check_once(examples: Sequence[Example]) -> None:
+    """Results are told apart by task and id."""
+    seen = set()
+    for example in examples:
+        if (example.task, example.id) in seen:
+            raise ValueError(
+                f"example {example.id!r} of {example.task!r} comes twice: give every example an id "
+                "of its own, and files other names (a task is called as its file)"
+            )
+        seen.add((example.task, example.id))

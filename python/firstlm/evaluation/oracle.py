@@ -124,6 +124,7 @@ def run_oracle(
     loaded = load_evaluation_data(
         data, tokenizer, examples=settings.reported, validation=settings.choosing,
         max_length=settings.max_length, seed=settings.seed, columns=columns,
+        checkpoints=[checkpoint],
     )  # fmt: skip
     choosing, reported = PromptRows.of(loaded.validation), PromptRows.of(loaded.test)
     model = loading.from_pretrained(checkpoint, dtype=dtype, merge_adapter=True)

@@ -21,7 +21,7 @@ class Method:
         weights: whose weights run: "trained" for this method with FiRST's number of optimizer
             steps; "first": FiRST's own under this method's plans; "base": not finetuned.
         skip_rate_asked: of all layers; 0 where nothing is skipped.
-        seed: of training where `weights` is "trained", and of drawn plans.
+        seed: number of the training (the folder's position) or, of random plans, of the draw.
         checkpoint: folder of the weights; None for the base model.
     """
 

@@ -152,6 +152,7 @@ class Run:
             examples=self.effort.examples, validation=self.effort.validation,
             max_length=min(self.effort.max_length, self.positions), seed=self.seed,
             columns=columns,
+            checkpoints=[m.checkpoint for m in self.methods if m.checkpoint is not None],
         )  # fmt: skip
         self.batches = self.data.batches(self.effort.batch_size)
         self.prints = {
@@ -169,18 +170,21 @@ class Run:
         return evaluation
 
     def _check_steps(self) -> str:
+        """Every other run of a rate, whatever its seed, against FiRST's first one."""
+        first: dict[float, Method] = {}
+        for method in self.methods:
+            if (method.name, method.weights) == ("first", "first"):
+                first.setdefault(method.skip_rate_asked, method)
         found = []
-        for first in (m for m in self.methods if (m.name, m.weights) == ("first", "first")):
-            assert first.checkpoint is not None
+        for rate, own in first.items():
             rivals = {
                 m.key: m.checkpoint
                 for m in self.methods
-                if m.weights == "trained"
-                and m.checkpoint is not None
-                and m.seed == first.seed
-                and m.skip_rate_asked in (0.0, first.skip_rate_asked)
+                if m.checkpoint not in (None, own.checkpoint)
+                and m.skip_rate_asked in (0.0, rate)
+                and (m.weights == "trained" or m.name == "first")
             }
-            found.append(f"{first.key}: {checks.check_steps(first.checkpoint, rivals)}")
+            found.append(f"{own.key}: {checks.check_steps(own.checkpoint, rivals)}")
         return "; ".join(found)
 
     # ---- one set of weights ----
@@ -343,10 +347,17 @@ class Run:
             "effort": [self.effort.new_tokens, self.effort.repeats],
             "cpu": figures.cpu_model(), "version": firstlm.__version__,
         }  # fmt: skip
+        path, examples = weights.timing_path(group), [self.data.test[i] for i in chosen]
+        for method in group:
+            if (method.name, method.weights) == ("first", "first"):
+                keep = self.plans.keep[method.key][chosen]
+                what = f"the timed engine's routers give the plans that were scored, {method.key}"
+                self.checks[what] = checks.compare_timed_plans(
+                    path, examples, keep, method.skip_rate_asked
+                )
         with self.bar(f"latency of {len(arms)} methods: prompts", len(chosen)) as update:
             self.timings |= timing.time_methods(
-                weights.timing_path(group), [self.data.test[i] for i in chosen], arms,
-                weights.num_layers, new_tokens=self.effort.new_tokens,
+                path, examples, arms, weights.num_layers, new_tokens=self.effort.new_tokens,
                 repeats=self.effort.repeats,
                 folder=self.output / "timing" / digest(weights.key)[:16],
                 key=key, progress=update,

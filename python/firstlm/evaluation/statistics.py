@@ -260,9 +260,13 @@ def _part(
 
 
 def _same_seed(own: _Series, rival: _Series, pick: int | None) -> int | None:
-    if pick is not None and own.seeds[pick] in rival.seeds:
-        return rival.seeds.index(own.seeds[pick])
-    return None
+    """The rival of the same training seed; None: all of its seeds, or draws, together.
+
+    Numbers name the same seeds only where both methods have the same ones. Draws are no seeds.
+    """
+    if pick is None or set(own.seeds) != set(rival.seeds) or rival.method.name == "random":
+        return None
+    return rival.seeds.index(own.seeds[pick])
 
 
 def _plan_figures(own: _Series, pick: int | None, here: np.ndarray) -> dict[str, Any]:
