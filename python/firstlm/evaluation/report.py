@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from firstlm.atomic import write_text
-from firstlm.evaluation import charts, tables
+from firstlm.evaluation import aims, charts, tables
 from firstlm.evaluation.conclusions import (
     Verdict,
     outcome,
     rivals,
     shuffled,
-    time_change,
     trained,
     verdicts,
 )
@@ -30,7 +29,7 @@ _ANSWERS = {
     "yes": "adaptivity pays",
     "partly": "adaptivity pays in part",
     "no": "adaptivity does not pay",
-    "unknown": "not known",
+    "unknown": "not shown that adaptivity pays",
 }
 
 
@@ -200,15 +199,16 @@ def _card(verdict: Verdict, rows: Sequence[Row]) -> str:
     facts = []
     if against:
         beaten = sum(outcome(e, "cross_entropy") == "better" for e in against.values())
-        facts.append((f"{beaten} of {len(against)}", "rivals beaten, by cross-entropy"))
+        facts.append((f"{beaten} of {len(against)}", "trained rivals beaten, by cross-entropy"))
     if dealt := shuffled(row).values():
         gain = -min(entry["cross_entropy"]["delta"] for entry in dealt)
         facts.append((f"{gain:+.3f}", "nats/token lost with other prompts' plans"))
     if share := row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share"):
         facts.append((f"{share:.1%}", "of LoRA-only's ROUGE-L kept"))
     if row["timing"]:
-        change, word = time_change(row)
-        facts.append((f"{change:.0%}", f"{word} time per token, measured"))
+        change, word = aims.time_change(row)
+        doubt = f"; {aims.TOO_FAST}" if aims.too_fast(row) else ""
+        facts.append((f"{change:.0%}", f"{word} time per token, measured{doubt}"))
     cells = "".join(f"<div><b>{value}</b><span>{text}</span></div>" for value, text in facts)
     return (
         f"<section class='card {verdict.answer}'><h2>{_headline(verdict)}</h2>"

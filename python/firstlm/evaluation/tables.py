@@ -119,6 +119,11 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     return [name for name in METRICS if name in rows[0]["metrics"]]
 
 
+def answer_metric(row: Row) -> str:
+    """By which answers are judged: ROUGE-L, or BLEU where there is no ROUGE-L."""
+    return "rouge_l" if "rouge_l" in row["metrics"] else "bleu"
+
+
 def main_table(rows: Sequence[Row], task: str = "") -> Table:
     """Every method: what it skips, how good it is, how fast it is."""
     shown = [m for m in ("cross_entropy", "rouge_l", "bleu", "chrf") if m in metrics_of(rows)]
