@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from firstlm.evaluation import aims, report, tables
+from firstlm.evaluation import aims, report, report_notes, tables
 from firstlm.evaluation.conclusions import Verdict, outcome, verdicts
 from firstlm.evaluation.records import Evaluation, Method, MethodResult
 from firstlm.evaluation.statistics import rows
@@ -201,13 +203,16 @@ def test_a_rate_has_the_aim_of_the_one_within_half_a_layer(rate: float, known: f
     assert found == (None if known is None else (known, aims.QUALITY_AIMS[known]))
 
 
+MACHINE = {"cpu": "a CPU", "cores": 4, "threads": 3, "gpu": None}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("report")
     found = evaluation(n=12)
     figures = rows(found, resamples=200)
     # A report can be made from the file alone.
-    report.write(found, json.loads(json.dumps(figures)), folder)
+    report.write(found, json.loads(json.dumps(figures)), folder, MACHINE)
     return folder, figures
 
 
@@ -217,12 +222,9 @@ def test_the_page_is_one_file(written: tuple[Path, list[dict]]) -> None:
     assert page.count("data:image/png;base64,") == 7
     assert not re.search(r"(src|href)=['\"](?!data:)", page) and "http" not in page
     assert "<script" not in page and "n = 24 prompts" not in page  # n is in pictures and tables
-    pictures = sorted(path.name for path in (folder / "plots").iterdir())
-    assert pictures == [
-        "gains.png", "keep_share.png", "latency.png", "plans.png", "quality_skip_rate.png",
-        "quality_tpot.png", "skip_rates.png",
-    ]  # fmt: skip
-    assert all(Image.open(folder / "plots" / name).width == 1320 for name in pictures)
+    pictures = [base64.b64decode(data) for data in re.findall(r"base64,([^']+)'", page)]
+    assert all(Image.open(io.BytesIO(data)).width == 1320 for data in pictures)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md"]
 
 
 def test_markdown_and_page_say_the_same(written: tuple[Path, list[dict]]) -> None:
@@ -233,11 +235,37 @@ def test_markdown_and_page_say_the_same(written: tuple[Path, list[dict]]) -> Non
         assert verdict.headline in text and verdict.headline in page
     for heading in ("All methods", "Latency", "How it was measured", "Checks that held"):
         assert f"## {heading}\n" in text
-    assert "24 held-out prompts (12 of debian-synopsis, 12 of debian-en-de)" in page
     assert "layer calls equal the plans: 1,200 answers" in text
-    for line in text.splitlines():
-        if line.startswith("!["):
-            assert (folder / re.search(r"\((.*)\)", line).group(1)).exists()
+    assert "![" not in text and text.count("](report.html)") == 1
+    assert "| examples | 12 |" in text and "<td>examples</td><td>12</td>" in page
+
+
+def test_what_was_tested_comes_first(written: tuple[Path, list[dict]]) -> None:
+    folder, _ = written
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    opening = text.split("\n\n")[1]
+    assert opening in (folder / "report.html").read_text(encoding="utf-8")
+    for said in (
+        "30 layers", "training seeds 0, 1, 2", "skip 0.25 and 0.5 of", "a CPU, 4 cores, 2 threads",
+        "24 held-out prompts (12 of debian-synopsis, 12 of debian-en-de)",
+    ):  # fmt: skip
+        assert said in opening
+    one = result(replace(FIRST, checkpoint="runs/x"), plans=5, n=5, timed=False)
+    settings = {"too_long": 7, "effort": {"max_length": 128}}
+    found = Evaluation(settings, [one], {"optimizer steps": "first-first-0.25-seed0: 72 steps"})
+    opening = report_notes.what_was_tested(found, rows(found, resamples=50), None)
+    for said in ("(runs/x)", "for 72 optimizer steps", "7 examples longer than 128 tokens"):
+        assert said in opening
+    assert "Machine" not in opening
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"), [("hf", "in the hf path;"), ("native", "in the native engine;")]
+)
+def test_the_engine_of_quality_is_the_one_that_was_used(engine: str, said: str) -> None:
+    found = Evaluation({"engine": engine}, [result(FIRST, n=5)])
+    line = report_notes.how_measured(found, rows(found, resamples=50))[0]
+    assert said in line
 
 
 def test_a_report_without_first_timing_or_tasks(tmp_path: Path) -> None:
@@ -246,7 +274,8 @@ def test_a_report_without_first_timing_or_tasks(tmp_path: Path) -> None:
     paths = report.write(only, rows(only, resamples=50), tmp_path)
     text = paths["markdown"].read_text(encoding="utf-8")
     assert "FiRST itself was not measured" in text and "Nothing was timed." in text
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["quality_skip_rate.png"]
+    page = paths["html"].read_text(encoding="utf-8")
+    assert page.count("<img alt='quality_skip_rate'") == page.count("<img ") == 1
 
 
 def test_a_summary_for_a_readme(written: tuple[Path, list[dict]], tmp_path: Path, capsys) -> None:
