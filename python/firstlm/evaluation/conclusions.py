@@ -22,6 +22,7 @@ Answer = Literal["yes", "partly", "no", "unknown"]
 
 _STATIC = "static-trained"
 _IN_TASK = "shuffled_in_task-first"
+_LOSS = "cross_entropy"
 _LEVEL = 0.05
 
 
@@ -107,11 +108,11 @@ def _refuted(row: Row, rows: Sequence[Row]) -> tuple[Answer, str] | None:
     """What was lost: no other result makes up for it."""
     if row["distinct_plans"] <= 1:
         return "no", "One plan serves all prompts: nothing is adaptive."
-    if lost := _with_outcome(rivals(row, rows), "cross_entropy", "worse"):
-        return "no", f"Beaten by {_names(lost)}."
+    if lost := _with_outcome(rivals(row, rows), _LOSS, "worse"):
+        return "no", f"Beaten by {_with_differences(rivals(row, rows), _LOSS, lost)} nats/token."
     dealt = shuffled(row)
-    if (worse := _with_outcome(dealt, "cross_entropy", "worse")) and not _fits(dealt):
-        gain = difference(dealt[worse[0]]["cross_entropy"], "cross_entropy")
+    if (worse := _with_outcome(dealt, _LOSS, "worse")) and not _fits(dealt):
+        gain = difference(dealt[worse[0]][_LOSS], _LOSS)
         return "no", f"Plans of other prompts are better than its own: {gain} nats/token."
     return None
 
@@ -134,7 +135,7 @@ def _not_measured(row: Row, rows: Sequence[Row]) -> tuple[Answer, str] | None:
             "No shuffled plans were measured, so it is not shown that plans fit their prompts."
         )
     if not _fits(dealt):
-        costs = "; ".join(difference(e["cross_entropy"], "cross_entropy") for e in dealt.values())
+        costs = "; ".join(difference(e[_LOSS], _LOSS) for e in dealt.values())
         return "unknown", (
             "It is not shown that plans fit their prompts: no difference shown to plans of other "
             f"prompts, {costs} nats/token."
@@ -147,13 +148,13 @@ def _compared(row: Row, rows: Sequence[Row]) -> tuple[Answer, str]:
     found = rivals(row, rows)
     against = trained(found)
     metric = answer_metric(row)
-    beaten = _with_outcome(against, "cross_entropy", "better")
-    even = _with_outcome(against, "cross_entropy", "even")
+    beaten = _with_outcome(against, _LOSS, "better")
+    even = _with_outcome(against, _LOSS, "even")
     if not beaten:
-        return "unknown", f"No difference shown to {_with_differences(against, 'cross_entropy')}."
+        return "unknown", f"No difference shown to {_with_differences(against, _LOSS)}."
     limits = []
     if even:
-        limits.append(f"no difference shown to {_with_differences(against, 'cross_entropy', even)}")
+        limits.append(f"no difference shown to {_with_differences(against, _LOSS, even)}")
     if worse := _with_outcome(found, metric, "worse"):
         limits.append(f"by {_short(metric)} WORSE than {_with_differences(found, metric, worse)}")
     if unequal := _unequal(row, rows, against):
@@ -171,7 +172,7 @@ def _with_outcome(entries: Entries, metric: str, wanted: Outcome) -> list[str]:
 
 def _fits(dealt: Entries) -> bool:
     """Whether plans of other prompts lose, of any task or of the same."""
-    return bool(_with_outcome(dealt, "cross_entropy", "better"))
+    return bool(_with_outcome(dealt, _LOSS, "better"))
 
 
 def _what_plans_fit(row: Row) -> str:
@@ -181,9 +182,9 @@ def _what_plans_fit(row: Row) -> str:
     entry = shuffled(row).get(_IN_TASK)
     if entry is None:
         return "plans fit their tasks at least (within a task they were not shuffled)"
-    if outcome(entry, "cross_entropy") == "better":
+    if outcome(entry, _LOSS) == "better":
         return "plans fit their prompts, also within a task"
-    value = difference(entry["cross_entropy"], "cross_entropy")
+    value = difference(entry[_LOSS], _LOSS)
     return f"plans fit their tasks at least (within a task no gain is shown: {value})"
 
 
@@ -209,14 +210,16 @@ def _layers_less(row: Row, other: Row, name: str) -> float:
     return row["num_layers"] * (other[name] - row[name])
 
 
-def _names(keys: Sequence[str]) -> str:
-    return ", ".join(control_title(key) for key in keys)
+def _names(keys: Sequence[str], *, short: bool = False) -> str:
+    return ", ".join(control_title(key, short=short) for key in keys)
 
 
-def _with_differences(entries: Entries, metric: str, keys: Sequence[str] | None = None) -> str:
-    """ "best static plan + LoRA: -0.049 [-0.061, +0.037]; …" """
-    return "; ".join(
-        f"{control_title(key)}: {difference(entries[key][metric], metric)}"
+def _with_differences(
+    entries: Entries, metric: str, keys: Sequence[str] | None = None, *, short: bool = False
+) -> str:
+    """ "best static plan + LoRA: -0.049 [-0.061, +0.037], …" """
+    return ", ".join(
+        f"{control_title(key, short=short)}: {difference(entries[key][metric], metric)}"
         for key in (entries if keys is None else keys)
     )
 
@@ -237,16 +240,16 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
         ("that are not finetuned", "base"),
     ):
         entries = {key: entry for key, entry in found.items() if key.endswith(f"-{weights}")}
-        for metric in ("cross_entropy", answer_metric(row)) if entries else ():
+        for metric in (_LOSS, answer_metric(row)) if entries else ():
             sentences.append(
-                f"By {_short(metric)}, of the controls {kind}, it is {_ranked(entries, metric)}."
+                f"By {_short(metric)}, of the controls {kind}: {_ranked(entries, metric)}."
             )
     if not trained(found):
         sentences.append("No control of this rate was trained: what LoRA would heal is not known.")
     flips = [
         key
         for key in trained(found)
-        if outcome(found[key], "cross_entropy") != outcome(found[key], "cross_entropy_by_prompt")
+        if outcome(found[key], _LOSS) != outcome(found[key], "cross_entropy_by_prompt")
     ]
     if flips:
         each = _with_differences(found, "cross_entropy_by_prompt", flips)
@@ -255,15 +258,17 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _ranked(entries: Entries, metric: str) -> str:
-    """Which of them FiRST is better than, and which not, by how much."""
+    """Which of controls of the same weights FiRST is better than, and which not, by how much."""
     parts = []
     if better := _with_outcome(entries, metric, "better"):
-        parts.append(f"better than {len(better)} of {len(entries)} ({_names(better)})")
+        parts.append(f"better than {len(better)} of {len(entries)} ({_names(better, short=True)})")
     if even := _with_outcome(entries, metric, "even"):
-        parts.append(f"no difference shown to {_with_differences(entries, metric, even)}")
+        parts.append(
+            f"no difference shown to {_with_differences(entries, metric, even, short=True)}"
+        )
     if worse := _with_outcome(entries, metric, "worse"):
-        parts.append(f"WORSE than {_with_differences(entries, metric, worse)}")
-    return ", ".join(parts)
+        parts.append(f"WORSE than {_with_differences(entries, metric, worse, short=True)}")
+    return "; ".join(parts)
 
 
 def _against_shuffled(row: Row) -> list[str]:
@@ -272,26 +277,24 @@ def _against_shuffled(row: Row) -> list[str]:
         return ["Shuffled plans were not measured, so plans may or may not fit their prompts."]
     sentences = []
     for key, entry in dealt.items():
-        value = entry["cross_entropy"]
+        value = entry[_LOSS]
         cost = (
-            f"{difference(value, 'cross_entropy')} nats/token, p {p_value(value['p'])}, with its "
+            f"{difference(value, _LOSS)} nats/token, p {p_value(value['p'])}, with its "
             f"own plans ({entry['same_plans']:.0%} of the prompts got an equal one)"
         )
         where = " of the same task" if key == _IN_TASK else ""
         sentences.append(
             {
                 "better": f"Plans dealt to wrong prompts{where} lose: {cost}.",
-                "even": f"Plans dealt to wrong prompts{where}: no difference shown: {cost}. So it "
-                "is not shown that the choice of layers follows the prompt in a way that pays.",
+                "even": f"No difference shown to plans dealt to wrong prompts{where}: {cost}. So "
+                "it is not shown that the choice of layers follows the prompt in a way that pays.",
                 "worse": f"Plans dealt to wrong prompts{where} are BETTER than its own: {cost}.",
-            }[outcome(entry, "cross_entropy")]
+            }[outcome(entry, _LOSS)]
         )
         by_task = {task: part["vs"].get(key) for task, part in row["tasks"].items()}
         if len(by_task) > 1:
             parts = "; ".join(
-                f"{task} {difference(e['cross_entropy'], 'cross_entropy')}"
-                for task, e in by_task.items()
-                if e
+                f"{task} {difference(e[_LOSS], _LOSS)}" for task, e in by_task.items() if e
             )
             sentences.append(f"The same by task: {parts}.")
     return sentences

@@ -75,6 +75,7 @@ def markdown(
         )
     if not found:
         parts.append("FiRST itself was not measured at any skip rate: rivals only.")
+    parts += ["## In short", tables.short_table(rows).markdown()]
     parts += ["## All methods", tables.main_table(rows).markdown()]
     for task in _several_tasks(rows):
         parts += [f"### {task}", tables.main_table(rows, task).markdown()]
@@ -121,7 +122,7 @@ def page(
     body.append("<div class='cards'>" + "".join(_card(v, rows) for v in found) + "</div>")
     if not found:
         body.append("<p>FiRST itself was not measured at any skip rate: rivals only.</p>")
-    body.append(images.get("gains", ""))
+    body += [_scrolled(tables.short_table(rows)), images.get("gains", "")]
     if found:
         body.append("<h2>What this says</h2>")
     for verdict in found:
@@ -215,5 +216,8 @@ table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabu
 th { text-align: left; border-bottom: 2px solid #888; padding: 4px 10px 4px 0;
   vertical-align: bottom; }
 td { border-bottom: 1px solid #e5e5e5; padding: 3px 10px 3px 0; white-space: nowrap; }
+caption { text-align: left; color: #555; padding: 10px 0 4px; }
+tr.group th { border-bottom: 1px solid #bbb; padding-top: 10px; color: #555; font-style: italic;
+  font-weight: 400; }
 tr.own td { font-weight: 700; background: #eaf3f9; }
 """

@@ -52,7 +52,7 @@ def _model(evaluation: Evaluation, rows: Sequence[Row]) -> str:
     return (
         f"FiRST{f' ({folders})' if folders else ''} of {layers}{trained}, training seed"
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, asked to skip {rates} of "
-        f"the layers, beside {count - 1} other way{'s' if count > 2 else ''} to choose them."
+        f"the layers, beside {count - 1} other method{'' if count == 2 else 's'}."
     )
 
 
