@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from firstlm.evaluation import aims, charts, report, report_notes, tables
+from firstlm.evaluation import aims, charts, files, report, report_notes, tables
 from firstlm.evaluation.conclusions import Verdict, outcome, verdicts
 from firstlm.evaluation.records import Evaluation, Method, MethodResult
 from firstlm.evaluation.statistics import rows
@@ -77,6 +77,17 @@ def test_worse_answers_are_not_a_yes() -> None:
     assert found.answer == "partly" and "by ROUGE-L WORSE than best static plan" in found.headline
 
 
+def test_answers_are_judged_by_bleu_where_there_is_no_rouge() -> None:
+    first = answering(result(FIRST, 0.1, plans=5), "nothing of it")
+    figures = rows(Evaluation({}, [first, *FAIR]), resamples=200)
+    for row in figures:
+        for entry in [row["metrics"], *row["vs"].values()]:
+            del entry["rouge_l"]
+    (verdict,) = verdicts(figures)
+    assert "by BLEU WORSE than best static plan" in verdict.headline
+    assert "BLEU (0-100)" in tables.short_table(figures).head
+
+
 @pytest.mark.parametrize(("layers", "word"), [(-2, "less"), (2, "more")])
 def test_a_yes_is_of_equal_skip_rates(layers: int, word: str) -> None:
     first = result(FIRST, 0.1, plans=5)
@@ -106,13 +117,16 @@ def test_a_loss_is_said_plainly() -> None:
     assert one_plan.answer == "no" and "One plan serves all prompts" in one_plan.headline
 
 
-def test_no_difference_to_shuffled_plans_is_no_claim_either_way() -> None:
+def test_no_difference_to_shuffled_plans_is_no_claim_either_way(tmp_path: Path) -> None:
     first = result(FIRST, 0.2, plans=5)
     same = replace(first, method=Method("shuffled", "first", 0.25))
     found = judged(first, rival("static", 0.3), same)
     assert found.answer == "unknown" and "no difference shown" in found.headline
     assert "+0.000 [+0.000, +0.000]" in found.headline
     assert not any("do as well" in line for line in [found.headline, *found.sentences])
+    evaluation = Evaluation({}, [first, rival("static", 0.3), same])
+    page = report.write(evaluation, rows(evaluation, resamples=50), tmp_path)["html"].read_text()
+    assert "nats/token lost with plans of other prompts: no difference shown" in page
 
 
 def test_what_was_not_measured_is_not_shown() -> None:
@@ -260,6 +274,12 @@ def test_what_was_tested_comes_first(written: tuple[Path, list[dict]]) -> None:
     for said in ("(runs/x)", "for 72 optimizer steps", "7 examples longer than 128 tokens"):
         assert said in opening
     assert "Machine" not in opening
+
+
+def test_a_report_names_the_machine_that_measured(tmp_path: Path) -> None:
+    files.write_evaluation(Evaluation({}, [result(FIRST, n=5, timed=False)]), tmp_path, 0)
+    machine = json.loads((tmp_path / files.RESULTS).read_text())["machine"]
+    assert f"Machine: {machine['gpu'] or machine['cpu']}" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

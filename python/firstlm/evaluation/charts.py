@@ -74,7 +74,7 @@ def draw_all(
 _GAINS = (
     "What FiRST gains over each rival of the same skip rate, paired by prompt, with 95 % "
     "intervals. Right of the line FiRST is better. The last rows are its own plans dealt to other "
-    "prompts: if they are not right of the line, plans do not fit their prompts."
+    "prompts: if they are not right of the line, it is not shown that plans fit their prompts."
 )
 _PARETO = (
     "Quality against measured time per output token, in per cent of what the same weights take "
@@ -412,7 +412,7 @@ def latency(rows: Sequence[Row], path: Path) -> Path:
     axis.set_xlim(0, 1.32 * end)
     timing = timed[0]["timing"]
     axis.set_xlabel(
-        f"ms for {tokens} tokens, grey: prefill to the first token, blue: decoding, red: ideal "
+        f"ms for {tokens} tokens, grey: prefill to the first token, blue: decoding, red: ideal\n"
         f"({_timing_text(timed)}, {timing['prompts']} prompts × {timing['repeats']} repeats)"
     )
     return write_png(figure, path)

@@ -22,8 +22,10 @@ Answer = Literal["yes", "partly", "no", "unknown"]
 
 _STATIC = "static-trained"
 _IN_TASK = "shuffled_in_task-first"
-_LOSS = "cross_entropy"
+_LOSS = "cross_entropy"  # the other metric of a verdict is that of the answers
 _LEVEL = 0.05
+_HALF_A_LAYER = 0.5 + 1e-6  # rates are sums of float64
+_SKIPPED = {"skip_rate": "by prompt", "skip_rate_by_token": "by answer token"}
 
 
 @dataclass(frozen=True)
@@ -189,29 +191,24 @@ def _what_plans_fit(row: Row) -> str:
 
 
 def _unequal(row: Row, rows: Sequence[Row], against: Entries) -> str:
-    """By how many layers FiRST skips less or more than trained rivals, where by over half a one."""
+    """By how many layers FiRST skips less or more than trained rivals, by over half of one."""
     others = _of_rate(row, rows)
     found = []
     for key in against:
-        by = max((_layers_less(row, others[key], name) for name in _SKIPPED), key=abs)
-        if abs(by) > 0.5 + 1e-6:
+        other = others[key]
+        name = max(_SKIPPED, key=lambda name: abs(_layers_less(row, other, name)))
+        by = _layers_less(row, other, name)
+        if abs(by) > _HALF_A_LAYER:
             word = "less" if by > 0 else "more"
             found.append(
                 f"{abs(by):.2f} layers {word} than {control_title(key)} "
-                f"({row['skip_rate']:.1%} against {others[key]['skip_rate']:.1%} by prompt)"
+                f"({row[name]:.1%} against {other[name]:.1%} {_SKIPPED[name]})"
             )
     return ", ".join(found)
 
 
-_SKIPPED = ("skip_rate", "skip_rate_by_token")
-
-
 def _layers_less(row: Row, other: Row, name: str) -> float:
     return row["num_layers"] * (other[name] - row[name])
-
-
-def _names(keys: Sequence[str], *, short: bool = False) -> str:
-    return ", ".join(control_title(key, short=short) for key in keys)
 
 
 def _with_differences(
@@ -261,7 +258,8 @@ def _ranked(entries: Entries, metric: str) -> str:
     """Which of controls of the same weights FiRST is better than, and which not, by how much."""
     parts = []
     if better := _with_outcome(entries, metric, "better"):
-        parts.append(f"better than {len(better)} of {len(entries)} ({_names(better, short=True)})")
+        names = ", ".join(control_title(key, short=True) for key in better)
+        parts.append(f"better than {len(better)} of {len(entries)} ({names})")
     if even := _with_outcome(entries, metric, "even"):
         parts.append(
             f"no difference shown to {_with_differences(entries, metric, even, short=True)}"
@@ -311,7 +309,7 @@ def _plans(row: Row, rows: Sequence[Row]) -> list[str]:
     unequal = [
         f"{control_title(key)} {others[key]['skip_rate_by_token']:.1%}"
         for key in rivals(row, rows)
-        if _layers_less(row, others[key], "skip_rate_by_token") > 0.5 + 1e-6
+        if _layers_less(row, others[key], "skip_rate_by_token") > _HALF_A_LAYER
     ]
     if unequal:
         sentences.append(

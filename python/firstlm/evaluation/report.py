@@ -166,9 +166,10 @@ def _card(verdict: Verdict, rows: Sequence[Row]) -> str:
     if against:
         beaten = sum(outcome(e, "cross_entropy") == "better" for e in against.values())
         facts.append((f"{beaten} of {len(against)}", "trained rivals beaten, by cross-entropy"))
-    if dealt := shuffled(row).values():
-        gain = -min(entry["cross_entropy"]["delta"] for entry in dealt)
-        facts.append((f"{gain:+.3f}", "nats/token lost with other prompts' plans"))
+    for key, entry in shuffled(row).items():
+        doubt = ": no difference shown" if outcome(entry, "cross_entropy") == "even" else ""
+        text = f"nats/token lost with {tables.control_title(key, short=True)}{doubt}"
+        facts.append((f"{-entry['cross_entropy']['delta']:+.3f}", text))
     if share := row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share"):
         facts.append((f"{share:.1%}", "of LoRA-only's ROUGE-L kept"))
     if row["timing"]:
