@@ -18,7 +18,15 @@ from firstlm.evaluation.conclusions import outcome, rivals, shuffled
 from firstlm.evaluation.metrics import METRICS
 from firstlm.evaluation.records import Evaluation, MethodResult
 from firstlm.evaluation.statistics import best_rows, is_first, keep_masks
-from firstlm.evaluation.tables import control_title, in_order, is_own, number, title, with_interval
+from firstlm.evaluation.tables import (
+    answer_metric,
+    control_title,
+    in_order,
+    is_own,
+    number,
+    title,
+    with_interval,
+)
 from firstlm.plots import KEPT, MUTED, SKIPPED, draw_plans, new_figure, style, write_png
 
 if TYPE_CHECKING:
@@ -33,7 +41,7 @@ _OUTCOMES = {"better": (BLUE, "o"), "even": ("#777777", "D"), "worse": (VERMILLI
 _MARKERS = "sD^vP*Xph<>d"
 _COLORS = (GREEN, ORANGE, PURPLE, VERMILLION, SKY, "#666666", "#8C6D00")
 _TASK_COLORS, _TASK_HATCHES = (KEPT, ORANGE, GREEN, PURPLE), ("", "//", "..", "xx")
-_SHOWN = ("cross_entropy", "rouge_l")
+_IDEAL = VERMILLION  # seen on bars, whatever their colour, and beside them
 
 
 def draw_all(
@@ -48,7 +56,7 @@ def draw_all(
         if any(rivals(row, rows) for row in firsts):
             found.append(("gains", gains(rows, firsts, folder / "gains.png"), _GAINS))
         if any(row["timing"] for row in rows):
-            path = quality_against(rows, "tpot", folder / "quality_tpot.png")
+            path = quality_against(rows, "time", folder / "quality_tpot.png")
             found.append(("quality_tpot", path, _PARETO))
         path = quality_against(rows, "skip_rate", folder / "quality_skip_rate.png")
         found.append(("quality_skip_rate", path, _QUALITY))
@@ -66,11 +74,11 @@ def draw_all(
 _GAINS = (
     "What FiRST gains over each rival of the same skip rate, paired by prompt, with 95 % "
     "intervals. Right of the line FiRST is better. The last rows are its own plans dealt to other "
-    "prompts: if they are not right of the line, plans do not fit their prompts."
+    "prompts: if they are not right of the line, it is not shown that plans fit their prompts."
 )
 _PARETO = (
-    "Quality against measured time per output token: up and left is better. Bars: 95 % interval of "
-    "quality, 10th to 90th percentile of time. Hollow: not finetuned."
+    "Quality against measured time per output token, in per cent of what the same weights take "
+    "with all layers, in turns: up and left is better. Bars: 95 % intervals. Hollow: not finetuned."
 )
 _QUALITY = (
     "Quality against the share of layer calls that is skipped: up is better. Bars: 95 % intervals. "
@@ -80,8 +88,9 @@ _PLANS = "Which prompt keeps which layer (first seed of FiRST), like plans side 
 _KEEP_SHARE = "Share of the prompts of each task that keep a layer, mean over seeds of FiRST."
 _SKIP_RATES = "How many layer calls the prompts of each task skip (first seed of FiRST)."
 _LATENCY = (
-    "Time of one answer: prefill to the first token, then decoding, at batch 1; medians. The white "
-    "line is where the decode time would be if it fell as the bytes that a token reads."
+    "Time of one answer: prefill to the first token, then decoding, at batch 1; medians. The red "
+    "mark is where the decode time would be if it fell as the bytes that a token reads. Methods of "
+    "different weights were timed at different times: what to compare is the speedup."
 )
 
 
@@ -100,11 +109,12 @@ def gains(rows: Sequence[Row], firsts: Sequence[Row], path: Path) -> Path:
     entries = [_rivals_then_shuffled(row, rows) for row in firsts]
     heights = [max(len(keys), 1) + 1.6 for keys in entries]
     figure = new_figure(11, 0.27 * sum(heights) + 0.4)
+    shown = _shown(rows)
     grid = figure.subplots(
-        len(firsts), len(_SHOWN), squeeze=False, sharey="row", height_ratios=heights
+        len(firsts), len(shown), squeeze=False, sharey="row", height_ratios=heights
     )
     for row, keys, axes in zip(firsts, entries, grid, strict=True):
-        for metric, axis in zip(_SHOWN, axes, strict=True):
+        for metric, axis in zip(shown, axes, strict=True):
             _draw_gains(axis, row, keys, metric)
         axes[0].set_yticks(range(len(keys)), [control_title(key) for key in keys])
         axes[0].set_ylim(len(keys) - 0.4, -0.6)
@@ -113,6 +123,11 @@ def gains(rows: Sequence[Row], firsts: Sequence[Row], path: Path) -> Path:
             f"{_seeds(row)}"
         )
     return write_png(figure, path)
+
+
+def _shown(rows: Sequence[Row]) -> tuple[str, str]:
+    """The metrics that a verdict rests on."""
+    return "cross_entropy", answer_metric(rows[0])
 
 
 def _rivals_then_shuffled(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -172,15 +187,16 @@ def _seeds(row: Row) -> str:
 
 
 def quality_against(rows: Sequence[Row], axis_name: str, path: Path) -> Path:
-    """Quality against "tpot" (measured) or "skip_rate": one panel a metric, a line a method."""
-    shown = [r for r in best_rows(rows) if axis_name != "tpot" or r["timing"]]
+    """Quality against "time" (measured) or "skip_rate": one panel a metric, a line a method."""
+    shown = [r for r in best_rows(rows) if axis_name != "time" or r["timing"]]
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(shown, key=lambda r: r["skip_rate_asked"]):
         lines.setdefault((row["method"], row["weights"]), []).append(row)
     looks = _looks(list(lines))
     figure = new_figure(11, 5)
-    axes = figure.subplots(1, len(_SHOWN))
-    for metric, axis in zip(_SHOWN, axes, strict=True):
+    metrics = _shown(rows)
+    axes = figure.subplots(1, len(metrics))
+    for metric, axis in zip(metrics, axes, strict=True):
         low, high = _limits(shown, metric)
         outside = []
         for key, line in lines.items():
@@ -193,8 +209,10 @@ def quality_against(rows: Sequence[Row], axis_name: str, path: Path) -> Path:
         axis.grid(color="#eeeeee")
         axis.set_axisbelow(True)
         label = "layer calls skipped, % (mean over prompts)"
-        if axis_name == "tpot":
-            label = f"time per output token, ms  ({_timing_text(shown)})"
+        if axis_name == "time":
+            label = (
+                f"time per token, % of all layers' with the same weights ({_timing_text(shown)})"
+            )
         axis.set_xlabel(label + _outside_text(outside, metric), fontsize=8)
     ns = sorted({row["n"] for row in shown})
     axes[0].set_title(f"n = {', '.join(map(str, ns))} prompts")
@@ -258,10 +276,10 @@ def _draw_line(
     y = np.array([row["metrics"][metric]["mean"] for row in line])
     ends = np.array([row["metrics"][metric]["ci95"] for row in line]).T  # [2, points]
     spread = None
-    if axis_name == "tpot":
-        x = np.array([row["tpot_ms"]["median"] for row in line])
-        p10, p90 = (np.array([row["tpot_ms"][p] for row in line]) for p in ("p10", "p90"))
-        spread = np.maximum([x - p10, p90 - x], 0)
+    if axis_name == "time":
+        x = np.array([100 / row["speedup"] for row in line])
+        least, most = 100 / np.array([row["speedup_ci95"] for row in line]).T[::-1]  # [points]
+        spread = np.maximum([x - least, most - x], 0)
     else:
         x = 100 * np.array([row["skip_rate"] for row in line])
     axis.errorbar(
@@ -377,13 +395,13 @@ def latency(rows: Sequence[Row], path: Path) -> Path:
         axis.barh(place, ttft, color=MUTED, height=0.72)
         axis.barh(place, decode, left=ttft, color=BLUE if own else SKY, height=0.72)
         ideal = ttft + (tokens - 1) * row["full_tpot_ms"]["median"] / row["ideal_speedup"]
-        axis.plot([ideal, ideal], [place - 0.36, place + 0.36], color="white", linewidth=2)
+        axis.plot([ideal, ideal], [place - 0.36, place + 0.36], color=_IDEAL, linewidth=2)
         axis.annotate(
-            f" {row['tpot_ms']['median']:.2f} ms/token, {row['speedup']:.2f}× "
+            f"  {row['tpot_ms']['median']:.2f} ms/token, {row['speedup']:.2f}× "
             f"(ideal {row['ideal_speedup']:.2f}×)",
-            (ttft + decode, place), va="center", fontsize=7.5,
+            (max(ttft + decode, ideal), place), va="center", fontsize=7.5,
         )  # fmt: skip
-        end = max(end, ttft + decode)
+        end = max(end, ttft + decode, ideal)
     labels = [
         f"{title(r['method'], r['weights'])}"
         + (f", {r['skip_rate_asked']:.0%}" if r["skip_rate_asked"] else "")
@@ -394,7 +412,7 @@ def latency(rows: Sequence[Row], path: Path) -> Path:
     axis.set_xlim(0, 1.32 * end)
     timing = timed[0]["timing"]
     axis.set_xlabel(
-        f"ms for {tokens} tokens, grey: prefill to the first token, blue: decoding "
+        f"ms for {tokens} tokens, grey: prefill to the first token, blue: decoding, red: ideal\n"
         f"({_timing_text(timed)}, {timing['prompts']} prompts × {timing['repeats']} repeats)"
     )
     return write_png(figure, path)

@@ -36,8 +36,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path, seed: int) -> list[di
     ]
     content = {"settings": evaluation.settings, "checks": evaluation.checks, "rows": rows,
                "methods": methods}  # fmt: skip
-    figures.write(folder / RESULTS, content, seed=seed)
-    report.write(evaluation, rows, folder)
+    written = figures.write(folder / RESULTS, content, seed=seed)
+    report.write(evaluation, rows, folder, written["machine"])
     return rows
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import base64
 import html
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from firstlm.atomic import write_text
-from firstlm.evaluation import charts, tables
+from firstlm.evaluation import aims, charts, report_notes, tables
 from firstlm.evaluation.conclusions import (
     Verdict,
     outcome,
     rivals,
     shuffled,
-    time_change,
     trained,
     verdicts,
 )
 from firstlm.evaluation.records import Evaluation
-from firstlm.evaluation.statistics import RESAMPLES
 
 Row = Mapping[str, Any]
 
@@ -30,66 +29,45 @@ _ANSWERS = {
     "yes": "adaptivity pays",
     "partly": "adaptivity pays in part",
     "no": "adaptivity does not pay",
-    "unknown": "not known",
+    "unknown": "not shown that adaptivity pays",
 }
 
 
 def write(
-    evaluation: Evaluation, rows: Sequence[Row], folder: str | os.PathLike[str]
+    evaluation: Evaluation,
+    rows: Sequence[Row],
+    folder: str | os.PathLike[str],
+    machine: Mapping[str, Any] | None = None,
 ) -> dict[str, Path]:
-    """Write `report.md`, `report.html` and `plots/*.png`; returns the paths of the two.
+    """Write `report.md` and `report.html`, which has the pictures; returns the paths.
 
     Args:
         rows: of `statistics.rows(evaluation)`.
+        machine: of `figures.machine()` where it was measured; None: not known.
     """
     folder = Path(folder)
-    pictures = charts.draw_all(evaluation, rows, folder / "plots")
     found = verdicts(rows)
+    tested = report_notes.what_was_tested(evaluation, rows, machine)
     paths = {"markdown": folder / "report.md", "html": folder / "report.html"}
-    write_text(paths["markdown"], markdown(evaluation, rows, found, pictures))
-    write_text(paths["html"], page(evaluation, rows, found, pictures))
+    write_text(paths["markdown"], markdown(evaluation, rows, found, tested))
+    with tempfile.TemporaryDirectory() as drawn:
+        pictures = charts.draw_all(evaluation, rows, Path(drawn))
+        write_text(paths["html"], page(evaluation, rows, found, tested, pictures))
     return paths
-
-
-def how_measured(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
-    """Which figure comes from where."""
-    lines = [
-        "Cross-entropy and perplexity: of the reference's tokens, teacher-forced, in the hf path; "
-        "weighted by token unless it says by prompt. Routers read the prompt only.",
-        "ROUGE (rouge-score, stemmed; its tokenizer knows a-z and digits only, which blurs "
-        "German), BLEU and chrF (sacrebleu, defaults, over the corpus), exact match and token F1 "
-        "(by white space, lower case): of greedy answers.",
-        f"Brackets: 95 % intervals of a percentile bootstrap, {RESAMPLES} resamples of prompts "
-        "within each task, the same for all methods, so that differences are paired; p is "
-        "two-sided, from the same resamples, and not corrected for the number of comparisons.",
-        "Seeds: where a row has several, its value is their mean, and seeds are resampled too. "
-        "With two or three seeds such an interval is only a rough guide.",
-        "Skipped: share of layer calls; by token: prompts weighted by their references' tokens.",
-    ]
-    if any(row["timing"] for row in rows):
-        t = next(row["timing"] for row in rows if row["timing"])
-        lines.append(
-            f"Times: {t['engine']} engine, {t['precision']}, {t['threads']} threads, batch 1, "
-            f"{t['new_tokens']} tokens a pass, in turns with the same weights and all layers kept. "
-            "Speedup: mean over prompts of the median over repeats, all layers over these plans. "
-            "Ideal: ratio of the bytes that a token reads. Values without brackets in round ones: "
-            "median (10th-90th percentile)."
-        )
-    else:
-        lines.append("Nothing was timed.")
-    if "bleu" not in rows[0]["metrics"]:
-        lines.append("BLEU and chrF are missing: pip install 'firstlm[eval]' and report again.")
-    return lines
 
 
 def markdown(
     evaluation: Evaluation,
     rows: Sequence[Row],
     found: Sequence[Verdict],
-    pictures: Sequence[tuple[str, Path, str]],
+    tested: str,
 ) -> str:
-    """The report as Markdown, with the pictures in plots/."""
-    parts = ["# Does adaptivity pay?"]
+    """The report as Markdown, without pictures, so that it stands alone.
+
+    Args:
+        tested: of `report_notes.what_was_tested`.
+    """
+    parts = ["# Does adaptivity pay?", tested, "With pictures: [report.html](report.html)."]
     for verdict in found:
         parts.append(
             f"## {_headline(verdict)}\n\n{verdict.headline}\n\n"
@@ -97,6 +75,7 @@ def markdown(
         )
     if not found:
         parts.append("FiRST itself was not measured at any skip rate: rivals only.")
+    parts += ["## In short", tables.short_table(rows).markdown()]
     parts += ["## All methods", tables.main_table(rows).markdown()]
     for task in _several_tasks(rows):
         parts += [f"### {task}", tables.main_table(rows, task).markdown()]
@@ -107,10 +86,12 @@ def markdown(
         ]
     if any(row["timing"] for row in rows):
         parts += ["## Latency", tables.latency_table(rows).markdown()]
-    parts += ["## Every metric", tables.all_metrics_table(rows).markdown(), "## Pictures"]
-    parts += [f"![{name}](plots/{path.name})\n\n{text}" for name, path, text in pictures]
-    for heading, lines in _notes(evaluation, rows):
+    parts += ["## Every metric", tables.all_metrics_table(rows).markdown()]
+    for heading, lines in report_notes.lists(evaluation, rows):
         parts.append(f"## {heading}\n\n" + "\n".join(f"- {line}" for line in lines))
+    if evaluation.settings:
+        table = report_notes.settings_table(evaluation.settings)
+        parts += ["## Settings", table.markdown()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,34 +104,25 @@ def _several_tasks(rows: Sequence[Row]) -> list[str]:
     return tasks if len(tasks) > 1 else []
 
 
-def _notes(evaluation: Evaluation, rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    notes = [
-        f"{tables.title(row['method'], row['weights'])}, {row['skip_rate_asked']:.3g}: {note}"
-        for row in tables.in_order(rows)
-        for note in row["notes"]
-    ]
-    sections = [
-        ("How it was measured", how_measured(evaluation, rows)),
-        ("Checks that held", [f"{name}: {text}" for name, text in evaluation.checks.items()]),
-        ("Notes on methods", notes),
-        ("Settings", [f"{name}: {value}" for name, value in evaluation.settings.items()]),
-    ]
-    return [(heading, lines) for heading, lines in sections if lines]
-
-
 def page(
     evaluation: Evaluation,
     rows: Sequence[Row],
     found: Sequence[Verdict],
+    tested: str,
     pictures: Sequence[tuple[str, Path, str]],
 ) -> str:
-    """The report as one HTML file: style and pictures are inside."""
+    """The report as one HTML file: style and pictures are inside.
+
+    Args:
+        tested: of `report_notes.what_was_tested`.
+        pictures: of `charts.draw_all`.
+    """
     images = {name: _figure(name, path, text) for name, path, text in pictures}
-    body = ["<h1>Does adaptivity pay?</h1>", f"<p class='sub'>{_subtitle(evaluation, rows)}</p>"]
+    body = ["<h1>Does adaptivity pay?</h1>", f"<p class='sub'>{html.escape(tested)}</p>"]
     body.append("<div class='cards'>" + "".join(_card(v, rows) for v in found) + "</div>")
     if not found:
         body.append("<p>FiRST itself was not measured at any skip rate: rivals only.</p>")
-    body.append(images.get("gains", ""))
+    body += [_scrolled(tables.short_table(rows)), images.get("gains", "")]
     if found:
         body.append("<h2>What this says</h2>")
     for verdict in found:
@@ -172,9 +144,12 @@ def page(
             body.append(f"<h3>{html.escape(task)}</h3>")
             body.append(_scrolled(tables.main_table(rows, task)))
     body += ["<h2>Every metric</h2>", _scrolled(tables.all_metrics_table(rows))]
-    for heading, lines in _notes(evaluation, rows):
+    for heading, lines in report_notes.lists(evaluation, rows):
         items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         body.append(f"<h2>{heading}</h2><ul class='small'>{items}</ul>")
+    if evaluation.settings:
+        table = report_notes.settings_table(evaluation.settings)
+        body += ["<h2>Settings</h2>", _scrolled(table)]
     content = "\n".join(body)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -184,31 +159,23 @@ def page(
     )
 
 
-def _subtitle(evaluation: Evaluation, rows: Sequence[Row]) -> str:
-    per_task = ", ".join(f"{part['n']} of {task}" for task, part in rows[0]["tasks"].items())
-    text = (
-        f"{rows[0]['n']} held-out prompts ({per_task}), {rows[0]['num_layers']} layers, "
-        f"{len({(r['method'], r['weights']) for r in rows})} methods. "
-        "FiRST beside other ways to choose the layers that a prompt skips, at the same skip rate."
-    )
-    return html.escape(text)
-
-
 def _card(verdict: Verdict, rows: Sequence[Row]) -> str:
     row = verdict.row
     against = trained(rivals(row, rows))
     facts = []
     if against:
         beaten = sum(outcome(e, "cross_entropy") == "better" for e in against.values())
-        facts.append((f"{beaten} of {len(against)}", "rivals beaten, by cross-entropy"))
-    if dealt := shuffled(row).values():
-        gain = -min(entry["cross_entropy"]["delta"] for entry in dealt)
-        facts.append((f"{gain:+.3f}", "nats/token lost with other prompts' plans"))
+        facts.append((f"{beaten} of {len(against)}", "trained rivals beaten, by cross-entropy"))
+    for key, entry in shuffled(row).items():
+        doubt = ": no difference shown" if outcome(entry, "cross_entropy") == "even" else ""
+        text = f"nats/token lost with {tables.control_title(key, short=True)}{doubt}"
+        facts.append((f"{-entry['cross_entropy']['delta']:+.3f}", text))
     if share := row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share"):
         facts.append((f"{share:.1%}", "of LoRA-only's ROUGE-L kept"))
     if row["timing"]:
-        change, word = time_change(row)
-        facts.append((f"{change:.0%}", f"{word} time per token, measured"))
+        change, word = aims.time_change(row)
+        doubt = f"; {aims.TOO_FAST}" if aims.too_fast(row) else ""
+        facts.append((f"{change:.0%}", f"{word} time per token, measured{doubt}"))
     cells = "".join(f"<div><b>{value}</b><span>{text}</span></div>" for value, text in facts)
     return (
         f"<section class='card {verdict.answer}'><h2>{_headline(verdict)}</h2>"
@@ -250,5 +217,8 @@ table { border-collapse: collapse; font-size: 12.5px; font-variant-numeric: tabu
 th { text-align: left; border-bottom: 2px solid #888; padding: 4px 10px 4px 0;
   vertical-align: bottom; }
 td { border-bottom: 1px solid #e5e5e5; padding: 3px 10px 3px 0; white-space: nowrap; }
+caption { text-align: left; color: #555; padding: 10px 0 4px; }
+tr.group th { border-bottom: 1px solid #bbb; padding-top: 10px; color: #555; font-style: italic;
+  font-weight: 400; }
 tr.own td { font-weight: 700; background: #eaf3f9; }
 """

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from firstlm import figures
 from firstlm.bench_tables import markdown_table
+from firstlm.evaluation import aims
 from firstlm.evaluation.metrics import METRICS
 from firstlm.evaluation.statistics import best_rows, is_first
 
@@ -39,47 +40,62 @@ TITLES = {
 }
 _WEIGHTS = {"trained": " + LoRA", "first": " (FiRST's weights)", "base": " (not finetuned)"}
 _OWN_TITLES = {("first", "first"): "FiRST", ("lora_only", "trained"): "LoRA-only"}
+TIME_HEAD = "time per token, against all layers"
 _DIGITS = {"perplexity": 2, "bleu": 1, "chrf": 1}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; a row whose first cell is in `bold` stands out."""
+    """Cells as text; a row whose first cell is in `bold` stands out, one of one cell is a heading
+    of those below it; the caption says of how many prompts."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     bold: frozenset[str] = frozenset()
+    caption: str = ""
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """As Markdown, the caption above it."""
         body = [[f"**{c}**" if c and r[0] in self.bold else c for c in r] for r in self.rows]
-        return markdown_table(self.head, body)
+        blank = [""] * (len(self.head) - 1)
+        body = [[f"*{row[0]}*", *blank] if len(row) == 1 else row for row in body]
+        table = markdown_table(self.head, body)
+        return f"{self.caption}\n\n{table}" if self.caption else table
 
     def html(self) -> str:
         """As an HTML table."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        body = []
-        for row in self.rows:
-            mark = ' class="own"' if row[0] in self.bold else ""
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            body.append(f"<tr{mark}>{cells}</tr>")
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>\n"
-            + "\n".join(body)
+            f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n"
+            + "\n".join(self._html_row(row) for row in self.rows)
             + "\n</tbody></table>"
         )
 
+    def _html_row(self, row: Sequence[str]) -> str:
+        if len(row) == 1:
+            wide = f"<th colspan='{len(self.head)}'>{html.escape(row[0])}</th>"
+            return f"<tr class='group'>{wide}</tr>"
+        mark = ' class="own"' if row[0] in self.bold else ""
+        return f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+
 
 def title(method: str, weights: str) -> str:
-    """What a method is called in a table or plot."""
-    name = TITLES.get(method, method.replace("_", " ")) + _WEIGHTS[weights]
-    return _OWN_TITLES.get((method, weights), name)
+    """What a method is called in a sentence or plot."""
+    known = _OWN_TITLES.get((method, weights))
+    return known or short_title(method, weights) + _WEIGHTS[weights]
 
 
-def control_title(key: str) -> str:
-    """`title` of a key of `vs`."""
+def short_title(method: str, weights: str) -> str:
+    """What a method is called under a heading that says whose weights run."""
+    plain = TITLES.get(method, method.replace("_", " "))
+    return _OWN_TITLES.get((method, weights), plain)
+
+
+def control_title(key: str, *, short: bool = False) -> str:
+    """`title`, or `short_title`, of a key of `vs`."""
     method, _, weights = key.rpartition("-")
-    return title(method, weights)
+    return short_title(method, weights) if short else title(method, weights)
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
@@ -119,28 +135,107 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     return [name for name in METRICS if name in rows[0]["metrics"]]
 
 
+def answer_metric(row: Row) -> str:
+    """By which answers are judged: ROUGE-L, or BLEU where there is no ROUGE-L."""
+    return "rouge_l" if "rouge_l" in row["metrics"] else "bleu"
+
+
+def caption(rows: Sequence[Row], task: str = "") -> str:
+    """ "n = 24 prompts (12 of debian-synopsis, 12 of debian-en-de)"; it is the same in all rows."""
+    tasks = {task: rows[0]["tasks"][task]} if task else rows[0]["tasks"]
+    if len(tasks) == 1:
+        ((name, part),) = tasks.items()
+        return f"n = {part['n']} prompts of {name}"
+    parts = ", ".join(f"{part['n']} of {name}" for name, part in tasks.items())
+    return f"n = {rows[0]['n']} prompts ({parts})"
+
+
+def _group(method: str, weights: str) -> str:
+    """The heading that a method belongs under. FiRST's weights were trained for its own plans."""
+    if weights == "trained" or is_first(method, weights):
+        return "trained for its plan"
+    return "on FiRST's weights" if weights == "first" else "not finetuned"
+
+
+def _grouped(keyed: Sequence[tuple[tuple[str, str], list[str]]]) -> list[list[str]]:
+    """Cells of methods (name, weights) under headings that say whose weights run."""
+    body = []
+    for heading in ("trained for its plan", "on FiRST's weights", "not finetuned"):
+        cells = [row for key, row in keyed if _group(*key) == heading]
+        body += [[heading], *cells] if cells else []
+    return body
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row["method"], row["weights"]
+
+
+def _label(row: Row) -> str:
+    return f"{short_title(*_key(row))}{_at(row)}"
+
+
+def _table(
+    head: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], list[str]], caption: str
+) -> Table:
+    """A row a method, its name before `cells`, in groups of whose weights run."""
+    body = _grouped([(_key(row), [_label(row), *cells(row)]) for row in rows])
+    return Table(["method", *head], body, _bold(body), caption)
+
+
+def short_table(rows: Sequence[Row]) -> Table:
+    """What the verdict rests on: FiRST, its trained rivals, shuffled plans, plans from length."""
+    ordered = in_order(rows)
+    shown = [
+        r for r in ordered
+        if _group(*_key(r)) == "trained for its plan"
+        or (r["weights"] == "first" and r["method"] in ("shuffled", "shuffled_in_task", "length"))
+    ]  # fmt: skip
+    answers = answer_metric(rows[0])
+    firsts = {row["skip_rate_asked"]: row for row in ordered if is_own(row)}
+    head = ["layers kept", METRICS["cross_entropy"].title, METRICS[answers].title,
+            "FiRST's cross-entropy minus this one's", "speedup"]  # fmt: skip
+
+    def cells(row: Row) -> list[str]:
+        entry = _against(firsts, row)
+        return [
+            f"{row['num_layers'] * (1 - row['skip_rate']):.1f} of {row['num_layers']}",
+            number("cross_entropy", row["metrics"]["cross_entropy"]["mean"]),
+            number(answers, row["metrics"][answers]["mean"]),
+            difference(entry["cross_entropy"] if entry else None, "cross_entropy"),
+            _timing_cells(row)[1],
+        ]
+
+    return _table(head, shown, cells, caption(rows))
+
+
+def _against(firsts: Mapping[float, Row], row: Row) -> Mapping[str, Any] | None:
+    """What FiRST of a row's rate says of it; of the only rate there is, also if nothing is skipped
+    in the row."""
+    first = firsts.get(row["skip_rate_asked"])
+    if first is None and len(firsts) == 1 and not row["skip_rate_asked"]:
+        (first,) = firsts.values()
+    return first["vs"].get(f"{row['method']}-{row['weights']}") if first else None
+
+
 def main_table(rows: Sequence[Row], task: str = "") -> Table:
     """Every method: what it skips, how good it is, how fast it is."""
     shown = [m for m in ("cross_entropy", "rouge_l", "bleu", "chrf") if m in metrics_of(rows)]
     timed = not task and any(row["timing"] for row in rows)
-    head = ["method", "seeds", "n", "skipped, by prompt / token", "plans"]
+    head = ["seeds", "skipped, by prompt / token", "plans"]
     head += [METRICS[name].title for name in shown]
-    head += ["TPOT, ms", "speedup", "ideal"] if timed else []
-    body = []
-    for row in in_order(rows):
+    head += [TIME_HEAD, "speedup", "ideal"] if timed else []
+
+    def cells(row: Row) -> list[str]:
         part = row["tasks"][task] if task else row
-        cells = [
-            f"{title(row['method'], row['weights'])}{_at(row)}",
+        return [
             f"{len(row['seeds'])}",
-            f"{part['n']}",
             f"{part['skip_rate']:.1%} / {part['skip_rate_by_token']:.1%}",
             f"{part['distinct_plans']:.3g}",
+            *(with_interval(part["metrics"][name], name) for name in shown),
+            *(_timing_cells(row) if timed else []),
         ]
-        cells += [with_interval(part["metrics"][name], name) for name in shown]
-        if timed:
-            cells += _timing_cells(row)
-        body.append(cells)
-    return Table(head, body, _bold(body))
+
+    return _table(head, in_order(rows), cells, caption(rows, task))
 
 
 def with_interval(value: Mapping[str, Any], metric: str, sign: str = "") -> str:
@@ -159,12 +254,13 @@ def _bold(body: Sequence[Sequence[str]]) -> frozenset[str]:
 
 
 def _timing_cells(row: Row) -> list[str]:
+    """Of the time with all layers of the same weights, which took turns: what other weights took,
+    was measured at another time."""
     if row["timing"] is None:
         return ["", "", ""]
-    tpot = row["tpot_ms"]
     low, high = row["speedup_ci95"]
     return [
-        f"{tpot['median']:.2f} ({tpot['p10']:.2f}-{tpot['p90']:.2f})",
+        f"{1 / row['speedup'] - 1:+.1%}",
         f"{row['speedup']:.2f} [{low:.2f}, {high:.2f}]",
         f"{row['ideal_speedup']:.2f}",
     ]
@@ -173,12 +269,11 @@ def _timing_cells(row: Row) -> list[str]:
 def all_metrics_table(rows: Sequence[Row]) -> Table:
     """Every metric of every method, without intervals."""
     names = metrics_of(rows)
-    body = [
-        [f"{title(row['method'], row['weights'])}{_at(row)}"]
-        + [number(name, row["metrics"][name]["mean"]) for name in names]
-        for row in in_order(rows)
-    ]
-    return Table(["method", *(METRICS[name].title for name in names)], body, _bold(body))
+
+    def cells(row: Row) -> list[str]:
+        return [number(name, row["metrics"][name]["mean"]) for name in names]
+
+    return _table([METRICS[name].title for name in names], in_order(rows), cells, caption(rows))
 
 
 def comparison_table(first: Row, task: str = "") -> Table:
@@ -189,67 +284,69 @@ def comparison_table(first: Row, task: str = "") -> Table:
     head = ["FiRST minus …"]
     for name in shown:
         head += [METRICS[name].title, "p"]
-    body = []
-    for key, entry in part["vs"].items():
-        cells = [control_title(key)]
+    keyed = []
+    for control, entry in part["vs"].items():
+        method, _, weights = control.rpartition("-")
+        cells = [control_title(control, short=True)]
         for name in shown:
             cells += [difference(entry[name], name), p_value(entry[name]["p"])]
-        body.append([*cells, f"{entry['same_plans']:.0%}"])
-    return Table([*head, "same plan"], body)
+        keyed.append(((method, weights), [*cells, f"{entry['same_plans']:.0%}"]))
+    return Table([*head, "same plan"], _grouped(keyed), caption=caption([first], task))
 
 
 def latency_table(rows: Sequence[Row]) -> Table:
     """What was timed."""
-    head = ["method", "TTFT, ms", "TPOT, ms", "TPOT of all layers, ms", "tokens/s", "speedup",
-            "ideal", "achieved / ideal", "KV kept", "prompts × repeats"]  # fmt: skip
-    body = []
-    for row in in_order(rows):
-        if row["timing"] is None:
-            continue
-        tpot, speedup, ideal = _timing_cells(row)
-        body.append(
-            [
-                f"{title(row['method'], row['weights'])}{_at(row)}",
-                f"{row['ttft_ms']['median']:.1f}",
-                tpot,
-                f"{row['full_tpot_ms']['median']:.2f}",
-                f"{row['tokens_per_s']['median']:.1f}",
-                speedup,
-                ideal,
-                f"{row['achieved_ratio']:.2f}",
-                f"{row['kv_bytes'] / row['full_kv_bytes']:.0%}",
-                f"{row['timing']['prompts']} × {row['timing']['repeats']}",
-            ]
-        )
-    return Table(head, body, _bold(body))
+    timed = [row for row in in_order(rows) if row["timing"]]
+    counts = dict.fromkeys(f"{r['timing']['prompts']} × {r['timing']['repeats']}" for r in timed)
+    head = ["TTFT, ms", "TPOT, ms", "TPOT of all layers, ms", TIME_HEAD, "tokens/s", "speedup",
+            "ideal", "achieved / ideal", "KV kept"]  # fmt: skip
+
+    def cells(row: Row) -> list[str]:
+        tpot = row["tpot_ms"]
+        change, speedup, ideal = _timing_cells(row)
+        low, high = aims.achieved(row)
+        return [
+            f"{row['ttft_ms']['median']:.1f}",
+            f"{tpot['median']:.2f} ({tpot['p10']:.2f}-{tpot['p90']:.2f})",
+            f"{row['full_tpot_ms']['median']:.2f}",
+            change,
+            f"{row['tokens_per_s']['median']:.1f}",
+            speedup,
+            ideal,
+            f"{row['achieved_ratio']:.2f} [{low:.2f}, {high:.2f}]",
+            f"{row['kv_bytes'] / row['full_kv_bytes']:.0%}",
+        ]
+
+    said = (
+        f"n = {' or '.join(counts)} (prompts × repeats); milliseconds of different weights were "
+        "measured at different times"
+    )
+    return _table(head, timed, cells, said)
 
 
 def summary_table(rows: Sequence[Row]) -> str:
     """For a README: what each method keeps of LoRA-only's quality, and how fast it decodes."""
-    head = ["method", "skipped", "cross-entropy", "ROUGE-L", "of LoRA-only's", "chrF",
-            "FiRST's cross-entropy minus this one's", "TPOT, ms", "speedup (ideal)"]  # fmt: skip
+    head = ["skipped", "cross-entropy", "ROUGE-L", "of LoRA-only's", "chrF",
+            "FiRST's cross-entropy minus this one's", TIME_HEAD, "speedup (ideal)"]  # fmt: skip
     ordered = in_order(rows)
     firsts = {r["skip_rate_asked"]: r for r in ordered if is_own(r)}
-    body = []
-    for row in ordered:
-        metrics, first = row["metrics"], firsts.get(row["skip_rate_asked"])
+
+    def cells(row: Row) -> list[str]:
+        metrics, entry = row["metrics"], _against(firsts, row)
         share = row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share")
-        entry = first["vs"].get(f"{row['method']}-{row['weights']}") if first else None
         timed = row["timing"] is not None
-        body.append(
-            [
-                f"{title(row['method'], row['weights'])}{_at(row)}",
-                f"{row['skip_rate']:.1%}",
-                number("cross_entropy", metrics["cross_entropy"]["mean"]),
-                number("rouge_l", metrics["rouge_l"]["mean"]),
-                "" if share is None else f"{share:.1%}",
-                number("chrf", metrics["chrf"]["mean"]) if "chrf" in metrics else "",
-                difference(entry["cross_entropy"] if entry else None, "cross_entropy"),
-                f"{row['tpot_ms']['median']:.2f}" if timed else "",
-                f"{row['speedup']:.2f} ({row['ideal_speedup']:.2f})" if timed else "",
-            ]
-        )
-    return Table(head, body, _bold(body)).markdown()
+        return [
+            f"{row['skip_rate']:.1%}",
+            number("cross_entropy", metrics["cross_entropy"]["mean"]),
+            number("rouge_l", metrics["rouge_l"]["mean"]),
+            "" if share is None else f"{share:.1%}",
+            number("chrf", metrics["chrf"]["mean"]) if "chrf" in metrics else "",
+            difference(entry["cross_entropy"] if entry else None, "cross_entropy"),
+            _timing_cells(row)[0],
+            f"{row['speedup']:.2f} ({row['ideal_speedup']:.2f})" if timed else "",
+        ]
+
+    return _table(head, ordered, cells, caption(rows)).markdown()
 
 
 def main(arguments: Sequence[str]) -> None:

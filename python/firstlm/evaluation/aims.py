@@ -1,0 +1,91 @@
+"""What FiRST aimed at, and whether the measurement says that it got there.
+
+An aim is reached, or missed, only where the whole 95 % interval says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+
+# What FiRST should keep of LoRA-only's ROUGE-L when it skips this share of the layers.
+QUALITY_AIMS = {0.25: 0.98, 0.35: 0.95, 0.5: 0.90}
+TPOT_AIMS = {0.5: 0.35}  # by how much decoding a token should take less time
+ACHIEVED_AIM = 0.95  # of the ideal speedup
+_RATE_DIGITS = 5e-4  # rates are asked for with three or four digits: 0.267 is 8 of 30 layers
+TOO_FAST = "above what the bytes allow: timing noise"
+
+
+def judge(low: float, high: float, aim: float) -> str:
+    """Of a 95 % interval."""
+    if low >= aim:
+        return "reached"
+    return "MISSED" if high < aim else "not decided"
+
+
+def aim_of(aims: Mapping[float, float], row: Row) -> tuple[float, float] | None:
+    """(rate, aim) of the known rate that is nearest to a row's; None where it is more than half a
+    layer away."""
+    asked = row["skip_rate_asked"]
+    rate = min(aims, key=lambda known: abs(known - asked))
+    layers = (abs(rate - asked) - _RATE_DIGITS) * row["num_layers"]
+    return (rate, aims[rate]) if layers <= 0.5 else None
+
+
+def quality_kept(row: Row) -> list[str]:
+    """What is left of LoRA-only's ROUGE-L."""
+    entry = row["vs"].get("lora_only-trained", {}).get("rouge_l", {})
+    if "share" not in entry:
+        return []
+    low, high = entry["share_ci95"]
+    sentence = f"It keeps {entry['share']:.1%} [{low:.1%}, {high:.1%}] of LoRA-only's ROUGE-L"
+    if (found := aim_of(QUALITY_AIMS, row)) is not None:
+        rate, aim = found
+        sentence += f"; the aim of {aim:.0%} (for {rate:.0%} skipped) is {judge(low, high, aim)}"
+    return [sentence + "."]
+
+
+def time_change(row: Row) -> tuple[float, Literal["less", "more"]]:
+    """By what share a token of a timed row takes less, or more, time than with all layers."""
+    saved = 1 - 1 / row["speedup"]
+    return abs(saved), "less" if saved >= 0 else "more"
+
+
+def achieved(row: Row) -> tuple[float, float]:
+    """95 % interval of measured over ideal speedup; the ideal is counted, not measured."""
+    low, high = row["speedup_ci95"]
+    return low / row["ideal_speedup"], high / row["ideal_speedup"]
+
+
+def too_fast(row: Row) -> bool:
+    """Whether a timed row is faster than its bytes allow by more than its interval."""
+    return achieved(row)[0] > 1
+
+
+def speed(row: Row) -> list[str]:
+    """How much faster it decodes, and of what the bytes allow."""
+    timing = row["timing"]
+    if timing is None:
+        return ["Decoding was not timed."]
+    change, word = time_change(row)
+    low, high = achieved(row)
+    sentence = (
+        f"Measured in the {timing['engine']} engine ({timing['precision']}, {timing['threads']} "
+        f"threads, {timing['prompts']} prompts × {timing['repeats']} repeats), a token takes "
+        f"{change:.1%} {word} time than with all layers: {row['speedup']:.2f}× of the ideal "
+        f"{row['ideal_speedup']:.2f}× ({row['achieved_ratio']:.0%} [{low:.0%}, {high:.0%}])"
+    )
+    if too_fast(row):
+        return [
+            f"{sentence}. That is {TOO_FAST}. This measurement is noisier than what it should "
+            "show, so no aim of speed is decided."
+        ]
+    aims = []
+    if (found := aim_of(TPOT_AIMS, row)) is not None:
+        rate, aim = found
+        ends = [1 - 1 / end for end in row["speedup_ci95"]]
+        aims.append(f"{aim:.0%} less (for {rate:.0%} skipped) is {judge(ends[0], ends[1], aim)}")
+    aims.append(f"{ACHIEVED_AIM:.0%} of the ideal is {judge(low, high, ACHIEVED_AIM)}")
+    return [f"{sentence}; of the aims, {' and '.join(aims)}."]
