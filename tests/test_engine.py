@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import firstlm
 from firstlm import Engine, RouterConfig, SkipPlan
@@ -370,6 +371,26 @@ def test_prompts_under_a_known_plan_reuse_what_was_read(llama_engine):
     llama_engine.generate(longer, **(options | {"skip_plan": SkipPlan.full(NUM_LAYERS)}))
     assert llama_engine.stats.reused_tokens == 0
     assert llama_engine.generate([longer, ROWS[2]], **options)[0] == found
+
+
+def test_logits_go_from_prefill_to_decode_as_they_are(llama_engine) -> None:
+    """An operation of torch on them would wake its threads, which spin against the engine's."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.shape[-1:] == (VOCAB_SIZE,):
+                operations.add(func.__name__.split(".")[0])
+            return found
+
+    operations: set[str] = set()
+    first, later = ROWS[0], ROWS[0] + [3, 4]
+    for rows in (ROWS, [first], [later]):
+        if rows != [later]:  # which reuses what was read of the first
+            llama_engine.forget()
+        with Seen():
+            llama_engine.generate(rows, max_new_tokens=1, skip_plan=SkipPlan.full(NUM_LAYERS))
+    assert llama_engine.stats.reused_tokens > 0 and operations <= {"empty"}
 
 
 def test_a_full_prefill_is_no_prefix_of_one_that_skips(llama):

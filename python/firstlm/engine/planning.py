@@ -171,16 +171,23 @@ def _planned(
                 kept[row] = found
     fresh = [row for row in range(len(prompts)) if row not in kept]
     sequences: dict[int, Any] = {row: found.sequence for row, found in kept.items()}
-    parts: dict[int, torch.Tensor] = {}
+    parts: list[torch.Tensor] = []
     if fresh:
         made, logits = core.planned([prompts[row] for row in fresh], keep[fresh], prefill, stats)
         sequences |= dict(zip(fresh, made, strict=True))
-        parts |= dict(zip(fresh, logits, strict=True))
+        parts.append(logits)
     if kept:
         rest = [prompts[row][len(found.tokens) :] for row, found in kept.items()]
         stats.reused_tokens += sum(len(found.tokens) for found in kept.values())
-        logits = core.extend([k.sequence for k in kept.values()], rest, [1] * len(kept), stats)
-        parts |= dict(zip(kept, logits, strict=True))
-    rows = range(len(prompts))
-    logits = torch.stack([parts[row] for row in rows])
-    return Prefilled([sequences[row] for row in rows], logits, keep, keep_prob)
+        parts.append(core.extend([k.sequence for k in kept.values()], rest, [1] * len(kept), stats))
+    in_order = [sequences[row] for row in range(len(prompts))]
+    return Prefilled(in_order, _in_order(parts, [*fresh, *kept]), keep, keep_prob)
+
+
+def _in_order(parts: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """parts [.., V] of these rows -> [B, V]. One part is in order and not copied: torch's threads,
+    once woken, spin for milliseconds, and the first tokens would be decoded against them."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(list(parts))
+    return joined[torch.tensor(rows).argsort()]
