@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "parallel.h"
 
 namespace firstlm {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t splits_of(int64_t slots) { return ceil_div(slots, kSlotsPerSplit); }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "parallel.h"
 
 namespace firstlm {
@@ -40,7 +41,7 @@ uint64_t read_block(const char* data, int64_t bytes) {
 
 uint64_t read_all(const void* data, int64_t bytes, int threads) {
   constexpr int64_t kBlock = 256 * 1024;
-  const int64_t blocks = (bytes + kBlock - 1) / kBlock;
+  const int64_t blocks = ceil_div(bytes, kBlock);
   std::atomic<uint64_t> result = 0;
   parallel_for(blocks, threads_for(bytes, threads), [&](int64_t block) {
     const int64_t begin = block * kBlock;

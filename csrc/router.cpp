@@ -333,6 +333,7 @@ void pool_sequences(const Kernels& kernels, DType dtype, const PoolPlan& plan, P
     using T = decltype(element);
     using Sum = Accumulator<T>;
     const ColumnBlocks blocks(plan.B * parts, plan.D, max_width, team);
+    auto* later = static_cast<Sum*>(scratch);  // null where one thread takes a sequence
     parallel_for(plan.B * parts * blocks.count, team, [&](int64_t item) {
       const int64_t block = item % blocks.count, part = item / blocks.count % parts;
       const int64_t b = order[item / blocks.count / parts], column = blocks.begin(block);
@@ -343,7 +344,7 @@ void pool_sequences(const Kernels& kernels, DType dtype, const PoolPlan& plan, P
                                      plan.D,
                                      blocks.size(block),
                                      static_cast<Sum*>(pooled) + b * plan.W * plan.D + column,
-                                     static_cast<Sum*>(scratch) + b * plan.later * plan.D + column};
+                                     later ? later + b * plan.later * plan.D + column : nullptr};
       body(columns, tokens, part);
     });
   };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "arithmetic.h"
 #include "parallel.h"
 
 namespace firstlm {
@@ -15,9 +16,7 @@ struct Piece {
   int64_t begin, bytes;  // within a row
 };
 
-int64_t pieces_per_row(int64_t row_bytes) {
-  return (row_bytes + kBytesPerPiece - 1) / kBytesPerPiece;
-}
+int64_t pieces_per_row(int64_t row_bytes) { return ceil_div(row_bytes, kBytesPerPiece); }
 
 Piece piece_of_row(int64_t index, int64_t row_bytes) {
   const int64_t begin = index * kBytesPerPiece;

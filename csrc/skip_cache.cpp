@@ -43,6 +43,8 @@ void LayerBooks::move(const Reservation& reservation) {
 }
 
 void LayerBooks::check_crop(int64_t length) const {
+  if (length < 0)
+    throw std::invalid_argument("cannot crop to " + std::to_string(length) + " tokens");
   const int64_t target = std::min(length, length_), start = visible_start(target);
   if (capacity_ > 0 && start < base_ && start < target) {
     throw std::runtime_error("cannot crop to " + std::to_string(length) +

@@ -224,6 +224,7 @@ ZEROS = torch.zeros(2).long()
     [
         ({"query": QUERY[0]}, ValueError, r"query has shape \[4, 8\]; expected \[R, Hq, D\]"),
         ({"query": QUERY.int()}, TypeError, "query is Int; expected float32"),
+        ({"query": QUERY[..., :0]}, ValueError, "expected a head_dim of 1 or more"),
         ({"query": QUERY[:, :3]}, ValueError, "query has 3 heads and keys has 2; expected a mult"),
         ({"keys": KEYS[0]}, ValueError, r"keys has shape .* \[R, H, C, D\]"),
         ({"keys": KEYS[..., :4]}, ValueError, r"keys has shape .* = \[2, 2, 5, 8\]"),

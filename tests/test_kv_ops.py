@@ -138,6 +138,8 @@ NEW_KEYS, NEW_VALUES, START = (
             ValueError,
             "new_keys has 6 tokens; expected at most the storage's 5 slots",
         ),
+        ({"new_keys": KEYS[:, :, 1:2]}, ValueError, "new_keys overlaps keys; expected memory of"),
+        ({"values": KEYS, "new_values": NEW_KEYS}, ValueError, "values overlaps keys"),
         ({"start": START.int()}, TypeError, "start is Int; expected int64"),
         (
             {"start": START.new_zeros(3)},

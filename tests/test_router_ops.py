@@ -92,6 +92,18 @@ def test_pool_is_the_reference(run, case):
     assert_near(pooled, reference.router_pool(*case), hidden.shape[1], magnitude)
 
 
+@every_device
+def test_what_is_not_pooled_may_be_infinite(run):
+    hidden = torch.ones(2, 4, 3)
+    hidden[0, 0] = float("inf")  # the last token of one prompt, and another prompt, do not read it
+    last = run(POOL, hidden, torch.ones(2, 4, dtype=torch.bool), "last", 1)
+    assert torch.equal(last, torch.ones(2, 3))
+    windows = run(POOL, hidden, torch.ones(2, 4, dtype=torch.bool), "windowed_mean", 2)
+    assert torch.equal(windows[:, 3:], torch.ones(2, 3)) and torch.equal(windows[1], torch.ones(6))
+    packed = run(PACKED, hidden.flatten(0, 1), torch.tensor([0, 4, 4, 8]), "mean", 1)
+    assert torch.equal(packed[1:], torch.tensor([[0.0] * 3, [1.0] * 3]))
+
+
 def pool_gradient(case) -> tuple[Tensor, Tensor]:
     """grad_pooled, and what gradient the hidden states get from it."""
     hidden, *rest = case

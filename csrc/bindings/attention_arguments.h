@@ -17,6 +17,7 @@ inline void check_decode_attention(const at::Tensor& query, const at::Tensor& ke
   TORCH_CHECK_VALUE(keys.dim() == 4, "keys has shape ", keys.sizes(), "; expected [R, H, C, D]");
   const int64_t R = query.size(0), Hq = query.size(1), D = query.size(2);
   const int64_t H = keys.size(1), C = keys.size(2);
+  TORCH_CHECK_VALUE(D > 0, "query has shape ", query.sizes(), "; expected a head_dim of 1 or more");
   check_shape("keys", keys, {R, H, C, D}, "[R, H, C, D], with query's R and D,");
   check_shape("values", values, keys.sizes(), "[R, H, C, D], the shape of keys,");
   TORCH_CHECK_VALUE(H > 0 && Hq % H == 0, "query has ", Hq, " heads and keys has ", H,

@@ -22,6 +22,17 @@ inline void check_tokens(const char* name, const at::Tensor& tokens, const at::T
   check_alike(name, tokens, "the storage", storage);
 }
 
+// No element of `tokens` lies in contiguous `storage`, which is written.
+inline void check_apart(const char* name, const at::Tensor& tokens, const char* storage_name,
+                        const at::Tensor& storage) {
+  if (!tokens.is_alias_of(storage) || tokens.numel() == 0 || storage.numel() == 0) return;
+  int64_t last = tokens.storage_offset();
+  for (int64_t i = 0; i < tokens.dim(); ++i) last += (tokens.size(i) - 1) * tokens.stride(i);
+  const int64_t begin = storage.storage_offset(), end = begin + storage.numel();
+  TORCH_CHECK_VALUE(last < begin || tokens.storage_offset() >= end, name, " overlaps ",
+                    storage_name, "; expected memory of its own");
+}
+
 // What every device checks; what `start` holds is not looked at.
 inline void check_kv_append(const at::Tensor& keys, const at::Tensor& values,
                             const at::Tensor& new_keys, const at::Tensor& new_values,
@@ -39,6 +50,9 @@ inline void check_kv_append(const at::Tensor& keys, const at::Tensor& values,
   TORCH_CHECK_VALUE(T <= C, "new_keys has ", T, " tokens; expected at most the storage's ", C,
                     " slots");
   check_per_row("start", start, R, keys);
+  check_apart("values", values, "keys", keys);
+  check_apart("new_keys", new_keys, "keys", keys);
+  check_apart("new_values", new_values, "values", values);
 }
 
 // `tokens` with dense elements, on their way to `storage`.

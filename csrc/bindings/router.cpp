@@ -156,14 +156,23 @@ Tensor packed_weights(const Tensor& offsets, int64_t N, Pooling pooling, at::Sca
   return weights_of(rank, (rank >= 0) & (rank < n.unsqueeze(2)), Ranges(n, pooling), dtype);
 }
 
+// weights [..., N] x states [..., N, D]. What has no weight may be infinite.
+Tensor weighted(const Tensor& weights, const Tensor& states) {
+  const Tensor of_states = weights.unsqueeze(-1);
+  return at::where(of_states != 0, states, 0) * of_states;
+}
+
 Tensor router_pool_composite(const Tensor& hidden, const Tensor& prompt_mask, std::string_view kind,
                              int64_t windows) {
   const Pooling pooling = parse_pooling(kind, windows);
   check_pool(hidden, prompt_mask);
   const at::ScalarType dtype = accumulator_of(hidden.scalar_type());
-  // Not a product with the mask: what stands at masked tokens may be infinite.
-  const Tensor states = at::where(prompt_mask.unsqueeze(2), hidden, 0).to(dtype);
-  return at::bmm(pooling_weights(prompt_mask, pooling, dtype), states).flatten(1);
+  const Tensor weights = pooling_weights(prompt_mask, pooling, dtype);  // [B, W, T]
+  std::vector<Tensor> pooled;
+  for (int64_t w = 0; w < pooling.W(); ++w) {
+    pooled.push_back(weighted(weights.select(1, w), hidden.to(dtype)).sum(1));
+  }
+  return at::cat(pooled, 1);
 }
 
 Tensor router_pool_backward_composite(const Tensor& grad_pooled, const Tensor& prompt_mask,
@@ -181,8 +190,18 @@ Tensor router_pool_packed_composite(const Tensor& hidden, const Tensor& offsets,
   const Pooling pooling = parse_pooling(kind, windows);
   check_pool_packed(hidden, offsets);
   const at::ScalarType dtype = accumulator_of(hidden.scalar_type());
-  const Tensor weights = packed_weights(offsets, hidden.size(0), pooling, dtype);
-  return weights.matmul(hidden.to(dtype)).flatten(1);
+  const int64_t N = hidden.size(0), D = hidden.size(1), B = offsets.size(0) - 1;
+  if (B == 0) return at::zeros({0, pooling.W() * D}, hidden.options().dtype(dtype));
+  const Tensor weights = packed_weights(offsets, N, pooling, dtype).sum(0);  // [W, N]
+  // Clamped for offsets that do not rise, which cannot be looked at here.
+  const Tensor token = at::arange(N, offsets.options());
+  const Tensor sequence = (at::bucketize(token, offsets, false, true) - 1).clamp(0, B - 1);
+  std::vector<Tensor> pooled;
+  for (int64_t w = 0; w < pooling.W(); ++w) {
+    const Tensor states = weighted(weights.select(0, w), hidden.to(dtype));
+    pooled.push_back(at::zeros({B, D}, states.options()).index_add_(0, sequence, states));
+  }
+  return at::cat(pooled, 1);
 }
 
 Tensor router_pool_packed_backward_composite(const Tensor& grad_pooled, const Tensor& offsets,

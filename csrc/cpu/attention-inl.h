@@ -8,12 +8,10 @@
 // Query heads that are taken through keys and values together.
 inline constexpr int kHeadsPerPass = 4;
 
-// Keys, or vectors of values, that a pass of so many heads takes at once: as many as leave its sums
-// in registers.
+// Keys, or vectors of values, that such a pass takes at once: as many as leave its sums in
+// registers.
 template <class Vec>
-constexpr int group_size_of(int64_t heads) {
-  return Vec::kRegisters < 32 && heads == kHeadsPerPass ? 3 : 4;
-}
+inline constexpr int kGroupSize = Vec::kRegisters < 32 ? 3 : 4;
 
 inline constexpr int kHeadsPerChunk = 16;     // whose scores are on the stack
 inline constexpr int kSlotsPerBlock = 24;     // whole groups of three or four keys
@@ -55,8 +53,8 @@ template <class Vec, class Body>
 void with_group_size(int64_t heads, const Body& body) {
   const int64_t passes = (heads + kHeadsPerPass - 1) / kHeadsPerPass;
   const int64_t widest = (heads + passes - 1) / passes;
-  if constexpr (group_size_of<Vec>(kHeadsPerPass) == 3) {
-    if (widest == kHeadsPerPass) return body(Constant<3>{});
+  if constexpr (kGroupSize<Vec> < 4) {
+    if (widest == kHeadsPerPass) return body(Constant<kGroupSize<Vec>>{});
   }
   body(Constant<4>{});
 }

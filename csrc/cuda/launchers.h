@@ -24,7 +24,7 @@ void router_pool_backward(const HiddenStates& hidden, const bool* prompt_mask, P
                           const void* grad_pooled, void* scratch, void* grad_hidden, void* stream);
 
 // As firstlm::router_pool_packed and its adjoint. Offsets that do not rise from 0 to N give
-// features of other tokens or zeros.
+// features that mean nothing; nothing outside of the arguments is touched.
 int64_t router_pool_packed_scratch(const PackedStates& hidden, Pooling pooling);
 void router_pool_packed(const PackedStates& hidden, Pooling pooling, void* scratch, void* pooled,
                         void* stream);

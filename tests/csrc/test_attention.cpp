@@ -124,7 +124,7 @@ void check_attention(DType dtype, double output_eps) {
           for (int64_t i = G * H * D; i < 2 * G * H * D; ++i) {
             if (widen(output[i]) != 0) FAIL("a row that sees nothing is not zero");
           }
-          if (D != 32) continue;
+          if (D != 128) continue;  // enough bytes for two threads in every type
           const std::vector<T> again = c.run(*kernels, 2);
           for (size_t i = 0; i < output.size(); ++i) {
             if (widen(output[i]) != widen(again[i])) FAIL("threads change the result");

@@ -54,7 +54,7 @@ struct Side {
 };
 
 TEST_CASE("new tokens go to their slots and nothing else is touched") {
-  for (const int64_t T : {0, 1, 3, 64, 65, 200}) {
+  for (const int64_t T : {0, 1, 3, 64, 65, 200, 1700}) {
     for (const bool heads_inside : {false, true}) {
       for (const int threads : {1, 3}) {
         INFO("T " << T << ", heads inside " << heads_inside << ", threads " << threads);

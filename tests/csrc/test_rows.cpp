@@ -13,7 +13,7 @@ namespace firstlm {
 namespace {
 
 // Elements of a row: around the lanes of a vector, and more than a piece.
-const int64_t kWidths[] = {1, 7, 16, 33, 577, 9001};
+const int64_t kWidths[] = {1, 7, 16, 33, 577, 40000};
 const double kGates[] = {0, 1, 0.25, 0.5, 0.9375};
 constexpr int64_t kBatch = 5;
 

@@ -68,6 +68,10 @@ TEST_CASE("what the next token sees is always in its slots, however tokens come 
   }
 }
 
+TEST_CASE("there is no negative length") {
+  CHECK_THROWS_AS(LayerBooks().check_crop(-1), std::invalid_argument);
+}
+
 TEST_CASE("capacity grows geometrically, and a window bounds it") {
   for (const int64_t window : {0, 8, 100}) {
     LayerBooks books = window ? LayerBooks(window) : LayerBooks();
