@@ -8,6 +8,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 namespace firstlm {
@@ -25,11 +26,26 @@ Tensor slots(const Tensor& storage, int64_t first, int64_t count) {
   return storage.narrow(2, first, count);
 }
 
-// The live slots of `storage`, in a new one of `capacity` slots.
+// The live slots of contiguous `storage`, in a new one of `capacity` slots.
 Tensor moved(const Tensor& storage, const Reservation& reservation) {
   Tensor fresh = at::empty(
       {storage.size(0), storage.size(1), reservation.capacity, storage.size(3)}, storage.options());
-  slots(fresh, 0, reservation.live).copy_(slots(storage, reservation.first, reservation.live));
+  if (!storage.is_cpu()) {
+    slots(fresh, 0, reservation.live).copy_(slots(storage, reservation.first, reservation.live));
+    return fresh;
+  }
+  // Not by torch: its threads, once woken, spin for milliseconds against those that decode.
+  const size_t slot_bytes = storage.size(3) * storage.element_size();
+  const size_t bytes = reservation.live * slot_bytes;
+  const int64_t heads = bytes > 0 ? storage.size(0) * storage.size(1) : 0;
+  auto* to = static_cast<char*>(fresh.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(storage.const_data_ptr());
+  from += reservation.first * slot_bytes;
+  for (int64_t head = 0; head < heads; ++head) {
+    std::memcpy(to, from, bytes);
+    to += fresh.size(2) * slot_bytes;
+    from += storage.size(2) * slot_bytes;
+  }
   return fresh;
 }
 

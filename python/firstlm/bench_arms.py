@@ -180,7 +180,9 @@ class NativeArm(Arm):
         B = len(self._sequences)
         decoding = self._decoder.decoding(
             self._sequences,
-            self._logits.clone(),
+            # A copy, as they are overwritten; by numpy: torch's threads, once woken, would spin
+            # for milliseconds against the decode that is timed.
+            torch.from_numpy(self._logits.numpy().copy()),
             [self._GREEDY] * B,
             self._prompts,
             [],
