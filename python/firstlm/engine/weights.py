@@ -270,8 +270,29 @@ def _with_padded_inputs(weights: list[torch.Tensor]) -> _Rows:
     return _Rows(len(weight), weight.shape[1] + padding, rows)
 
 
-def _weight_of(module: nn.Module, apart: bool) -> torch.Tensor:
-    """The weight [N, K] of a linear layer or embedding; LoRA adapters are merged in f32, or not.
+@dataclass(frozen=True)
+class _Merged:
+    """A weight [N, K] with LoRA adapters merged in f32, slice by slice: no whole one is held."""
+
+    weight: torch.Tensor
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]  # A [R, K], B [N, R] times the scale
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        merged = self.weight[rows].float()
+        for A, B in self.pairs:
+            merged = merged + B[rows] @ A
+        return merged
+
+
+def _weight_of(module: nn.Module, apart: bool) -> torch.Tensor | _Merged:
+    """The weight [N, K] of a linear layer or embedding; LoRA adapters are merged, or not.
 
     Raises:
         ValueError: a module of another kind.
@@ -284,11 +305,8 @@ def _weight_of(module: nn.Module, apart: bool) -> torch.Tensor:
             "merge the adapter first; or the hf path, firstlm.from_pretrained(...).generate(...)"
         )
     weight = module.base_layer.weight.detach()
-    if apart:
-        return weight
-    for A, B in lora.pairs_of(module):
-        weight = weight.float() + B @ A
-    return weight
+    pairs = [] if apart else list(lora.pairs_of(module))
+    return _Merged(weight, pairs) if pairs else weight
 
 
 # ---- giving memory back ----
