@@ -6,7 +6,7 @@
 #   RATES="0.5" SEEDS="0 1 2" bash scripts/reference_results.sh
 #   NAME=short bash scripts/reference_results.sh warmup.steps=60 lora.steps=160    # settings of every training
 #
-# Runs are in runs/NAME/, the results in results/NAME/. Half an hour or more of one core a run of
+# EVALUATE holds options of `firstlm evaluate` that replace those below. Runs are in runs/NAME/, the results in results/NAME/. Half an hour or more of one core a run of
 # 800 steps; every step goes on where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,4 +48,4 @@ train lora control=lora_only seed="${SEEDS%% *}"
 firstlm evaluate "${arguments[@]}" --trained lora_only="$runs/lora/checkpoint" \
   --data debian-synopsis --data debian-en-de --max-length 192 \
   --controls base,shuffled,shuffled_in_task,length,most_kept,random,uniform \
-  --output "results/$NAME"
+  --output "results/$NAME" ${EVALUATE:-}
