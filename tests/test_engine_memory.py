@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from firstlm.engine.weights import pack_model
+from tiny_engines import adapted, drawn
 from tiny_models import tiny_base_path, tiny_config
 
 PEAK = """
@@ -69,6 +71,19 @@ def test_source_and_result_are_never_in_memory_together(source, precision):
     folder, source_bytes = source
     peak, result_bytes = map(int, run(PEAK, tiny_base_path("llama"), folder, precision).split())
     assert peak <= 1.3 * max(source_bytes, result_bytes)
+
+
+def test_weights_that_two_modules_share_are_given_back_after_both():
+    """An embedding whose weights are the head's too, which has an adapter of its own."""
+    config = tiny_config("llama", tie_word_embeddings=True, hidden_size=64, vocab_size=512)
+    packed = []
+    for owned in (False, True):
+        model = adapted(drawn(config), target_modules=["q_proj", "lm_head"])
+        block = pack_model(model, "float32", "float32", num_threads=1, apart=True, owned=owned)
+        packed.append(block.tensors)
+    assert "lm_head.weight" in packed[0]
+    for name, expected in packed[0].items():
+        assert torch.equal(packed[1][name], expected), name
 
 
 def test_a_saved_engine_answers_without_transformers(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from firstlm.engine.answers import Answer
 from firstlm.engine.chat_template import render
 from firstlm.engine.prompts import Prompts
 from firstlm.engine.settings import settings_of
@@ -170,3 +171,14 @@ def test_prompts_are_told_apart():
     for value in (7, None, {"role": "user"}, [["a", 1]], [[1], "a"], [[]], [1.5]):
         with pytest.raises(TypeError, match="prompts takes"):
             Prompts.of(value)
+
+
+def test_a_stop_that_is_complete_only_when_the_answer_ends_is_the_reason():
+    """The limit cuts a character in two, and the half of it is what was waited for."""
+    tokenizer = EngineTokenizer.of(byte_tokenizer())
+    half = tokenizer("é")["input_ids"][0]
+    options = {"max_new_tokens": 2, "seed": 0, "ignore_eos": False, "stop": "\ufffd"}
+    settings = settings_of({}, tokenizer, 1, **options)
+    answer = Answer(tokenizer, settings, limit=2)
+    answer.push([tokenizer("a")["input_ids"][0], half])
+    assert (answer.text(), answer.finish_reason) == ("a", "stop")

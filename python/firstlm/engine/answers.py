@@ -90,6 +90,8 @@ class Answer:
                 self.finish_reason = "length"
         if self.finish_reason is not None and taken:
             text += self._last_text()
+            if self._stops.found:  # by what the limit had cut off
+                self.finish_reason = "stop"
         self._pieces.append(text)
         return taken, text
 

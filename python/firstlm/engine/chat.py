@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from firstlm.engine.answers import Generation
 from firstlm.engine.call import Call, run
 from firstlm.engine.planning import Prefilled, prefill_prompts
@@ -39,12 +41,13 @@ class Chat:
         self.last: Generation | None = None
         self._engine = engine
         self._options = options
+        self._planned: tuple[Tensor, Tensor | None] | None = None  # keep [L], keep_prob [L]
         self._kept: KeptSequence | None = None
 
     @property
     def skip_plan(self) -> SkipPlan | None:
         """Of the conversation; None before the first turn."""
-        return None if self._kept is None else SkipPlan.from_mask(self._kept.keep)
+        return None if self._planned is None else SkipPlan.from_mask(self._planned[0])
 
     def send(self, text: str, *, replan: bool = False, **options: Any) -> str:
         """Says something and returns the answer.
@@ -63,7 +66,7 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         call = self._engine.prepare(messages, as_text=True, **(self._options | options))
         replan = replan or options.get("budget") is not None
-        if self._kept is not None and options.get("skip_plan") is not None:
+        if self._planned is not None and options.get("skip_plan") is not None:
             replan = replan or options["skip_plan"] != self.skip_plan
         return self._stream(messages, call, replan)
 
@@ -82,24 +85,28 @@ class Chat:
             steps.close()
             self.stats = self._engine.stats = call.stats
             if call.prefilled is not None:
+                keep, keep_prob = call.prefilled.keep, call.prefilled.keep_prob
+                self._planned = keep[0], None if keep_prob is None else keep_prob[0]
                 self._kept = call.kept_sequence()
                 self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _read(self, call: Call, replan: bool) -> Prefilled:
         core, rows = self._engine.core, call.rows
-        kept = self._kept
-        if kept is None or replan:
+        if self._planned is None or replan:
             return prefill_prompts(core, rows, call.choice, call.stats)
-        self._kept = None  # what happens to it from here on is not known if this call fails
-        reused = kept.cut_to(rows[0])
-        if reused:
+        keep, keep_prob = self._planned
+        kept, self._kept = self._kept, None  # if this call fails, what it holds is not known
+        reused = 0 if kept is None else kept.cut_to(rows[0])
+        if kept is not None and reused:
             call.stats.reused_tokens += reused
             logits = core.extend([kept.sequence], [rows[0][reused:]], [1], call.stats)
             sequences = [kept.sequence]
-        else:  # a sliding window has dropped what would be needed: again, under the same plan
-            plan = SkipPlan.from_mask(kept.keep)
-            choice = dataclasses.replace(call.choice, skip_plan=plan, budget=None)
+        else:  # an earlier turn failed, or a window has moved on: again, under the same plan
+            choice = dataclasses.replace(
+                call.choice, skip_plan=SkipPlan.from_mask(keep), budget=None
+            )
             again = prefill_prompts(core, rows, choice, call.stats)
             logits, sequences = again.logits, again.sequences
-        keep_prob = None if kept.keep_prob is None else kept.keep_prob[None]
-        return Prefilled(sequences, logits, kept.keep[None], keep_prob)
+        return Prefilled(
+            sequences, logits, keep[None], None if keep_prob is None else keep_prob[None]
+        )

@@ -365,6 +365,7 @@ class Engine:
             continued = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in continued]
         choice = PlanChoice(skip_plan, budget, budget_mode, prefill)
         choice.check(self.core, len(rows))
+        check_rows(self.config, rows, room=0)
         whole = [row + more for row, more in zip(rows, continued, strict=True)]
         check_rows(self.config, whole, room=-1)
         stats = EngineStats(prompts=len(rows), prompt_tokens=sum(map(len, rows)))

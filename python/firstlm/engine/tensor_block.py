@@ -107,7 +107,7 @@ def _read_header(path: Path) -> tuple[int, dict]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it has no safetensors header") from error
     return 8 + size, header
 

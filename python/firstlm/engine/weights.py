@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +97,13 @@ def pack_model(
         desc=f"packing weights as {precision}",
         unit=" weights", unit_scale=True, disable=not progress,
     ) as bar:  # fmt: skip
+        users = {name: [m.weight.data_ptr() for m in matrices[name].sources] for name in matrices}
+        waiting = Counter(address for addresses in users.values() for address in addresses)
         for name, matrix in matrices.items():
             _pack(matrix, precisions[name], num_threads, block.tensors[name], bar.update)
-            if owned:
-                for module in matrix.sources:
+            waiting.subtract(users[name])
+            for module, address in zip(matrix.sources, users[name], strict=True):
+                if owned and waiting[address] == 0:  # tied weights have another user
                     _free(module)
     return block
 
