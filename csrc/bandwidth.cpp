@@ -19,8 +19,8 @@ uint64_t read_block(const char* data, int64_t bytes) {
   Part sums[kParts] = {};
   int64_t i = 0;
   for (; i + kStep <= bytes; i += kStep) {
-    __builtin_prefetch(data + i + kAhead);
-    __builtin_prefetch(data + i + kAhead + 64);
+    prefetch(data + i + kAhead);
+    prefetch(data + i + kAhead + 64);
     for (int64_t p = 0; p < kParts; ++p) {
       Part part;
       std::memcpy(&part, data + i + p * sizeof(Part), sizeof(Part));

@@ -121,6 +121,14 @@ def test_long_and_ragged_rows(run, dtype, soft_cap):
     assert_attends(run(ATTEND, *case), case)
 
 
+@every_device
+def test_more_splits_than_a_warp_has_threads(run):
+    C = 4500
+    case = random_case(2, 2, 1, C, 8, torch.float32)
+    case = *case, torch.tensor([0, 100]), torch.tensor([C, C - 1]), 0.3, 0.0
+    assert_attends(run(ATTEND, *case), case)
+
+
 def test_one_range_serves_all_rows():
     query, keys, values = random_case(3, 2, 1, 9, 32, torch.float32)
     one = ops.decode_attention(query, keys, values, torch.tensor([2]), torch.tensor([7]))

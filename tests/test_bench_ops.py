@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from firstlm import bandwidth, bench_ops, bench_tables, cli, figures
+from firstlm import bandwidth, bench_contests, bench_tables, cli, figures
 from firstlm.native import read_all
 
 OPS_WITH_BARS = {
@@ -17,6 +17,14 @@ OPS_WITH_BARS = {
     "kv_append",
     "decode_attention",
     "gather_rows + scatter_rows_",
+}
+OTHER_OPS = {
+    "plan_rows",
+    "scatter_add_rows_",
+    "router_pool_backward",
+    "router_pool_packed_backward",
+    "scatter_rows, gate",
+    "gather_rows_backward",
 }
 
 
@@ -33,7 +41,7 @@ def test_the_command_prints_and_writes_every_contest(tmp_path, monkeypatch, caps
     found = figures.read(path)
     assert found["seed"] == 3 and found["threads"] == 1
     assert found["read_gb_per_s"]["median"] > 0
-    assert {row["op"] for row in found["contests"]} == OPS_WITH_BARS | {"plan_rows"}
+    assert {row["op"] for row in found["contests"]} == OPS_WITH_BARS | OTHER_OPS
     for row in found["contests"]:
         assert f"{row['op']}  {row['case']}" in out
         assert row["best_torch"] in row["us"] and row["best_torch"] != "firstlm"
@@ -56,16 +64,20 @@ def close(actual, expected, dtype):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda dtype, effort: bench_ops.router_contest(2, 9, 8, dtype, effort),
-        lambda dtype, effort: bench_ops.packed_contest(3, 9, 8, dtype, effort),
-        lambda dtype, effort: bench_ops.attention_contest(2, 4, 2, 11, 8, dtype, effort),
+        lambda dtype, effort: bench_contests.router_contest(2, 9, 8, dtype, effort),
+        lambda dtype, effort: bench_contests.packed_contest(3, 9, 8, dtype, effort),
+        lambda dtype, effort: bench_contests.attention_contest(2, 4, 2, 11, 8, dtype, effort),
+        lambda dtype, effort: bench_contests.pool_backward_contest(3, 9, 8, dtype),
+        lambda dtype, effort: bench_contests.packed_backward_contest(3, 9, 8, dtype),
+        lambda dtype, effort: bench_contests.blend_contest(4, 3),
+        lambda dtype, effort: bench_contests.gather_backward_contest(4, 3),
     ],
-    ids=["router", "packed", "attention"],
+    ids=["router", "packed", "attention", "backward", "packed backward", "blend", "gather back"],
 )
 def test_the_arms_of_a_contest_compute_the_same(make, dtype, monkeypatch):
     # One buffer, so that all arms read the same one.
-    monkeypatch.setattr(bench_ops, "rotating", lambda make, *_: itertools.repeat(make()))
-    contest = make(dtype, bench_ops.QUICK)
+    monkeypatch.setattr(bench_contests, "rotating", lambda make, *_: itertools.repeat(make()))
+    contest = make(dtype, bench_contests.QUICK)
     results = {name: call() for name, call in contest.arms.items()}
     expected = results.pop("firstlm")
     for result in results.values():
@@ -80,8 +92,8 @@ def test_the_arms_of_kv_append_write_the_same(T, monkeypatch):
         buffers.append(make())
         return itertools.repeat(buffers[0])
 
-    monkeypatch.setattr(bench_ops, "rotating", one)
-    contest = bench_ops.kv_append_contest(2, T, torch.float32, bench_ops.QUICK)
+    monkeypatch.setattr(bench_contests, "rotating", one)
+    contest = bench_contests.kv_append_contest(2, T, torch.float32, bench_contests.QUICK)
     keys, values, new_keys, new_values, *_ = buffers[0]
     for name in ("firstlm", "slice assignment"):
         keys.zero_(), values.zero_()

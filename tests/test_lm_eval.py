@@ -16,6 +16,7 @@ import torch
 
 import firstlm
 from firstlm import Engine, RouterConfig, SkipPlan, cli
+from firstlm.corpus import load_corpus
 from firstlm.lm_eval_tasks import write_tasks
 from tiny_models import (
     NUM_LAYERS,
@@ -335,3 +336,38 @@ def test_models_of_another_kind_are_refused(routed, engine, hf):
         firstlm.LM(engine)
     with pytest.raises(ValueError, match="protected"):
         routed_lm(routed, skip_plan="▯▮▮▮▮▮")
+
+
+# ---- its tasks as examples ----
+
+
+def test_tasks_are_corpora(tasks):
+    answers = load_corpus(f"lm-eval:{tasks / 'firstlm_synopsis.yaml'}", "test")
+    own = load_corpus("debian-synopsis", "test", max_examples=5)
+    assert [row["answer"] for row in answers] == [row["answer"] for row in own]
+    assert [row["prompt"] for row in answers] == [row["prompt"].strip() for row in own]
+    assert answers[0]["task"] == "firstlm_synopsis" and answers[0]["id"] == "firstlm_synopsis/test/0"
+    choices = load_corpus(f"lm-eval:{tasks / 'firstlm_synopsis_choice.yaml'}", "test")
+    assert [row["answer"] for row in choices] == [row["answer"] for row in own]
+    assert len(load_corpus(f"lm-eval:{tasks / 'firstlm_synopsis.yaml'}", "validation")) == 100
+
+
+def test_a_task_with_test_examples_only_lends_some_of_them(tasks, tmp_path):
+    text = (tasks / "firstlm_synopsis_choice.yaml").read_text()
+    (tmp_path / "task.yaml").write_text(text.replace("validation_split: validation\n", ""))
+    parts = {s: load_corpus(f"lm-eval:{tmp_path}/task.yaml", s) for s in ("validation", "test")}
+    assert [len(part) for part in parts.values()] == [2, 3]
+    assert not set(parts["validation"]["answer"]) & set(parts["test"]["answer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_task", "lm-eval has no task 'no_such_task'"),
+        ("nothing/there.yaml", "there is no file nothing/there.yaml"),
+        ("mmlu", "is a group of tasks: name one of them"),
+    ],
+)
+def test_what_is_no_task_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(f"lm-eval:{name}", "test")

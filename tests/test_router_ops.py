@@ -93,6 +93,24 @@ def test_pool_is_the_reference(run, case):
 
 
 @every_device
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [4096, 4097, 9000])
+def test_states_wider_than_a_block_of_sums(run, kind, dtype, D):
+    generator = torch.Generator().manual_seed(D)
+    hidden = torch.randn(2, 5, D, generator=generator).to(dtype)
+    prompt_mask = torch.tensor([[False, True, True, True, True], [True, True, False, True, False]])
+    expected = reference.router_pool(hidden, prompt_mask, kind, 2)
+    magnitude = reference.router_pool(hidden.abs(), prompt_mask, kind, 2)
+    offsets = torch.tensor([0, 4, 7])
+    for pooled in (
+        run(POOL, hidden, prompt_mask, kind, 2),
+        run(PACKED, hidden[prompt_mask], offsets, kind, 2),
+    ):
+        assert_near(pooled, expected, 5, magnitude)
+
+
+@every_device
 def test_what_is_not_pooled_may_be_infinite(run):
     hidden = torch.ones(2, 4, 3)
     hidden[0, 0] = float("inf")  # the last token of one prompt, and another prompt, do not read it

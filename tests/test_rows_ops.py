@@ -85,6 +85,14 @@ def test_plan_is_the_reference(run, B, L, seed, share):
             assert actual.dtype == torch.int64 and torch.equal(actual, expected)
 
 
+@every_device
+@pytest.mark.parametrize("B", [32, 33, 257])
+def test_a_plan_of_more_rows_than_a_warp_or_block_has(run, B):
+    keep_mask = torch.rand(B, 3, generator=torch.Generator().manual_seed(B)) < 0.5
+    for actual, expected in zip(run(PLAN, keep_mask), reference.plan_rows(keep_mask), strict=True):
+        assert torch.equal(actual, expected)
+
+
 # --- gather_rows ----------------------------------------------------------------------------------
 
 
@@ -112,6 +120,16 @@ def test_the_adjoint_of_gathering_adds_up(run, case):
     ops.gather_rows(leaf, rows).backward(grad)
     assert leaf.grad.dtype == hidden.dtype
     assert_rounded(leaf.grad, expected, 2 * magnitude)
+
+
+@every_device
+def test_the_adjoint_of_gathering_more_rows_than_a_warp_has(run):
+    rows = torch.arange(70) % 37 - 1
+    grad = torch.randn(70, 3, generator=torch.Generator().manual_seed(0))
+    zeros = torch.zeros(40, 3, dtype=torch.float64)
+    expected = reference.scatter_add_rows(zeros, rows, grad.double())
+    magnitude = reference.scatter_add_rows(zeros, rows, grad.double().abs())
+    assert_rounded(run(GATHER_BACKWARD, grad, rows, 40), expected, 2 * magnitude)
 
 
 # --- scatter_rows ---------------------------------------------------------------------------------

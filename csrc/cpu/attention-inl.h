@@ -92,10 +92,10 @@ class Ahead {
   template <int64_t kBytes>
   void fetch() {
     static_assert(kBytes <= 256);
-    __builtin_prefetch(next_);
-    if constexpr (kBytes > 64) __builtin_prefetch(next_ + 64);
-    if constexpr (kBytes > 128) __builtin_prefetch(next_ + 128);
-    if constexpr (kBytes > 192) __builtin_prefetch(next_ + 192);
+    prefetch(next_);
+    if constexpr (kBytes > 64) prefetch(next_ + 64);
+    if constexpr (kBytes > 128) prefetch(next_ + 128);
+    if constexpr (kBytes > 192) prefetch(next_ + 192);
     next_ += kBytes & moves_;
   }
 

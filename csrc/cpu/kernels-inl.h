@@ -26,7 +26,7 @@ void add_row_group(const void* const* rows, int64_t width, RowsAhead ahead, Accu
   };
   for (; i + kLineElements <= width; i += kLineElements) {
     for (int r = 0; r < kCount; ++r) {
-      __builtin_prefetch(next[r]);
+      prefetch(next[r]);
       next[r] += step;
     }
     for (int v = 0; v < kVectors; ++v) add_vector(i + v * Vec::kLanes);

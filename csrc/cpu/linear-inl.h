@@ -13,7 +13,7 @@ inline constexpr int kVectors = kPanelRows / F32::kLanes;
 inline constexpr int kSumRegisters = F32::kRegisters >= 32 ? 24 : 12;
 
 // How far ahead of the weights memory is asked for them.
-inline constexpr int64_t kPrefetchAhead = 2048;
+inline constexpr int64_t kPrefetchAhead = 8192;
 
 // Where the streams of weights of a tile are.
 template <int kPanels>
@@ -21,10 +21,38 @@ struct Streams {
   const char* lines[kPanels];
   const char* scales[kPanels];
   const char* ahead[kPanels];  // what to ask memory for while the group is multiplied
+  int64_t panel_bytes, left;   // of the panels that are asked for
 
-  __attribute__((always_inline)) void prefetch(int line) const {
+  Streams(const char* const* panels, int64_t panel_bytes, int64_t scale_bytes)
+      : panel_bytes(panel_bytes), left(panel_bytes) {
 #pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead[p] + line * kLineBytes);
+    for (int p = 0; p < kPanels; ++p) {
+      scales[p] = ahead[p] = panels[p];
+      lines[p] = scales[p] + scale_bytes;
+    }
+    const int64_t whole = kPrefetchAhead / panel_bytes;
+    skip(whole * panel_bytes + whole * panel_bytes * (kPanels - 1));
+    ask_further(kPrefetchAhead - whole * panel_bytes);
+  }
+
+  __attribute__((always_inline)) void ask_for(int line) const {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) prefetch(ahead[p] + line * kLineBytes);
+  }
+  // A panel that ends goes on behind those beside it.
+  __attribute__((always_inline)) void ask_further(int64_t bytes) {
+    skip(bytes);
+    left -= bytes;
+    if (left <= 0) {
+      skip(panel_bytes * (kPanels - 1));
+      left += panel_bytes;
+    }
+  }
+
+ private:
+  __attribute__((always_inline)) void skip(int64_t bytes) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) ahead[p] += bytes;
   }
 };
 
@@ -64,7 +92,7 @@ struct FloatFormat {
   __attribute__((always_inline)) static void add_group(const Streams<kPanels>& weights,
                                                        const char* words,
                                                        F32 (&sums)[kPanels][kTokens][kVectors]) {
-    weights.prefetch(0);
+    weights.ask_for(0);
 #pragma GCC unroll 2
     for (int i = 0; i < kWords; ++i) {
       typename Line::Weights w[kPanels][kVectors];
@@ -194,7 +222,7 @@ struct IntegerGroups {
         for (int v = 0; v < kVectors; ++v) totals[p][t][v] = first;
       }
     }
-    weights.prefetch(kLines);
+    weights.ask_for(kLines);
     if constexpr (Code::kUnrolled) {
 #pragma GCC unroll 16
       for (int i = 0; i < kLines; ++i) add_line(i, weights, words, totals);
@@ -233,7 +261,7 @@ struct IntegerGroups {
   __attribute__((always_inline)) static void add_line(
       int i, const Streams<kPanels>& weights, const char* words,
       typename Code::Sum (&totals)[kPanels][kTokens][kVectors]) {
-    weights.prefetch(i);
+    weights.ask_for(i);
     typename Code::Weights w[kPanels][kVectors];
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
@@ -378,22 +406,13 @@ inline void store_outputs(const F32 (&sums)[kVectors], int64_t count, float* y) 
 template <class Format, int kPanels, int kTokens>
 __attribute__((noinline)) void multiply_tile(const PanelPair& pair, int first, const char* words,
                                              float* y, int64_t stride_y) {
-  Streams<kPanels> weights;
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) {
-    weights.scales[p] = pair.panels[first + p];
-    weights.lines[p] = weights.scales[p] + pair.scale_bytes;
-  }
+  Streams<kPanels> weights(pair.panels + first, pair.panel_bytes, pair.scale_bytes);
   F32 sums[kPanels][kTokens][kVectors];
 #pragma GCC unroll 32
   for (int i = 0; i < kPanels * kTokens * kVectors; ++i) (&sums[0][0][0])[i] = F32::zero();
   for (int64_t g = 0; g < pair.groups; ++g) {
-    // In this panel, or where this stream of panels goes on.
-    int64_t ahead = g * Format::kPrefetchLines * kLineBytes + kPrefetchAhead;
-    ahead += ahead >= pair.panel_bytes ? pair.panel_bytes * (kPanels - 1) : 0;
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) weights.ahead[p] = pair.panels[first + p] + ahead;
     Format::template add_group<kPanels, kTokens>(weights, words, sums);
+    weights.ask_further(Format::kPrefetchLines * kLineBytes);
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) {
       weights.lines[p] += Format::kLines * kLineBytes;

@@ -19,7 +19,7 @@ void add_panel_columns(const char* lines, int64_t pairs, const float* z, int64_t
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) load_outputs(y + t * stride_y, outputs, sums[t]);
   for (int64_t i = 0; i < pairs; ++i, lines += kLineBytes, z += 2) {
-    __builtin_prefetch(lines + kPrefetchAhead);
+    prefetch(lines + kPrefetchAhead);
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
 #pragma GCC unroll 4

@@ -375,9 +375,9 @@ def bench_ops(
 
     Example: firstlm bench ops --json ops.json
     """
-    from firstlm import bench_ops, figures
+    from firstlm import bench_contests, bench_ops, figures
 
-    found = bench_ops.run(bench_ops.QUICK if quick else None, threads=threads, seed=seed)
+    found = bench_ops.run(bench_contests.QUICK if quick else None, threads=threads, seed=seed)
     typer.echo(bench_ops.as_text(found))
     if json_path is not None:
         figures.write(json_path, found, seed=seed)

@@ -30,8 +30,9 @@ def evaluate(
         _option(
             "--data",
             metavar="NAME|PATH",
-            help="A task: debian-synopsis, debian-en-de, a JSONL file, or a folder with one a "
-            "split. Several times: all of them, apart and together.",
+            help="A task: debian-synopsis, debian-en-de, a JSONL file, a folder with one a "
+            "split, or lm-eval:TASK, of lm-evaluation-harness or a YAML file of its kind. "
+            "Several times: all of them, apart and together.",
         ),
     ],
     output: Annotated[

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from firstlm import lm_eval_source
+
 if TYPE_CHECKING:
     import datasets
 
@@ -51,7 +53,8 @@ def load_corpus(
     Args:
         source: the name of a shipped corpus (`CORPUS_NAMES`); a `.jsonl`, `.jsonl.gz` or
             `.jsonl.xz` file; a folder that holds one such file a split; a `datasets.Dataset` or
-            `DatasetDict`; or a list of these, which is a mixture.
+            `DatasetDict`; `lm-eval:TASK`, a task of lm-evaluation-harness or the path of its YAML
+            file; or a list of these, which is a mixture.
         split: "train" where it is not given. A single file or Dataset has only "train".
         prompt_column, answer_column: the columns of single-turn data; "prompt" and "answer".
         messages_column: the column of chat data; "messages": a list of `role` and `content`, the
@@ -97,6 +100,8 @@ def _load(source: Source, split: str | None, columns: _Columns) -> list[dict[str
     """Read one source as checked examples."""
     import datasets
 
+    if lm_eval_source.is_task(source):
+        source = lm_eval_source.load_task(source)
     if isinstance(source, str | os.PathLike):
         path, name = _find_file(source, split)
         rows, unit, where = _read_jsonl(path), "line", str(path)

@@ -136,6 +136,7 @@ def _write_task(
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": files},
         "test_split": "test",
+        "validation_split": "validation",
         "fewshot_split": "validation",
         "metadata": {"version": 1.0},
     }
