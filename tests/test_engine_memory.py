@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import firstlm
 from firstlm.engine.weights import pack_model
 from tiny_engines import adapted, drawn
 from tiny_models import tiny_base_path, tiny_config
@@ -64,6 +65,25 @@ def source(request, tmp_path_factory):
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, request.param))
     model.save_pretrained(folder)
     return folder, (folder / "model.safetensors").stat().st_size
+
+
+@pytest.fixture(scope="module")
+def adapted_source(source, tmp_path_factory):
+    """(checkpoint of it with an adapter, a tiny one, bytes)."""
+    folder, size = source
+    checkpoints = []
+    for base in (folder, tiny_base_path("llama")):
+        model = adapted(firstlm.from_pretrained(base), r=8)
+        checkpoints.append(tmp_path_factory.mktemp("checkpoint") / "checkpoint")
+        model.save_pretrained(checkpoints[-1])
+    return *checkpoints, size
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_merged_adapter_is_never_in_memory_as_a_whole(adapted_source, precision):
+    checkpoint, tiny, source_bytes = adapted_source
+    peak, result_bytes = map(int, run(PEAK, tiny, checkpoint, precision).split())
+    assert peak <= 1.3 * max(source_bytes, result_bytes)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -346,7 +346,9 @@ def test_tasks_are_corpora(tasks):
     own = load_corpus("debian-synopsis", "test", max_examples=5)
     assert [row["answer"] for row in answers] == [row["answer"] for row in own]
     assert [row["prompt"] for row in answers] == [row["prompt"].strip() for row in own]
-    assert answers[0]["task"] == "firstlm_synopsis" and answers[0]["id"] == "firstlm_synopsis/test/0"
+    assert (
+        answers[0]["task"] == "firstlm_synopsis" and answers[0]["id"] == "firstlm_synopsis/test/0"
+    )
     choices = load_corpus(f"lm-eval:{tasks / 'firstlm_synopsis_choice.yaml'}", "test")
     assert [row["answer"] for row in choices] == [row["answer"] for row in own]
     assert len(load_corpus(f"lm-eval:{tasks / 'firstlm_synopsis.yaml'}", "validation")) == 100

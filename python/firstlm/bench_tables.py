@@ -1,4 +1,4 @@
-"""Markdown tables of what `firstlm bench decode`, `bench perplexity` and `bench ops` wrote.
+"""Markdown tables of what `firstlm bench decode`, `perplexity`, `ops` and `start` wrote.
 
 python -m firstlm.bench_tables decode.json perplexity.json ops.json
 python -m firstlm.bench_tables --summary decode.json
@@ -25,7 +25,9 @@ def tables(found: Mapping[str, Any]) -> str:
         return decode_tables(found)
     if "contests" in found:
         return ops_table(found)
-    raise ValueError("none of firstlm bench decode, perplexity and ops wrote this")
+    if "start_s" in found:
+        return start_table(found)
+    raise ValueError("none of firstlm bench decode, perplexity, ops and start wrote this")
 
 
 def decode_tables(found: Mapping[str, Any]) -> str:
@@ -67,6 +69,14 @@ def ops_table(found: Mapping[str, Any]) -> str:
         bars = [(bar["quantity"], *_verdict(bar)) for bar in row["bars"]] or [("", "", "", "")]
         body += [(*(figure if i == 0 else ("",) * 5), *bar) for i, bar in enumerate(bars)]
     return f"{_machine(found, found['read_gb_per_s'])}; medians.\n\n{markdown_table(head, body)}"
+
+
+def start_table(found: Mapping[str, Any]) -> str:
+    """Loading and routing, with their bars."""
+    head = f"{found['machine']['cpu']}, {found['threads']} threads; {found['model']}, "
+    head += f"{found['precision']}, {found['weight_bytes'] / 1e6:.1f} MB; medians."
+    bars = [(bar["quantity"], *_verdict(bar)) for bar in found["bars"]]
+    return f"{head}\n\n{markdown_table(('bar', 'limit', 'measured', 'met'), bars)}"
 
 
 def summary_table(found: Mapping[str, Any]) -> str:

@@ -385,6 +385,7 @@ def bench_ops(
 
 bench.command("decode")(reports_errors(cli_bench.decode))
 bench.command("perplexity")(reports_errors(cli_bench.perplexity))
+bench.command("start")(reports_errors(cli_bench.start))
 
 
 # ---- what is printed ----

@@ -1,4 +1,4 @@
-"""`firstlm bench decode` and `firstlm bench perplexity`: options, what is printed and written."""
+"""`firstlm bench decode`, `perplexity` and `start`: options, what is printed and written."""
 
 from __future__ import annotations
 
@@ -144,6 +144,36 @@ def perplexity(
         effort=effort, threads=threads, work_dir=work_dir, native=native,
     )  # fmt: skip
     _give(found, bench_perplexity.as_text, 0, output, as_json)
+
+
+def start(
+    checkpoint: BenchedModel = "embedded",
+    precision: Annotated[str, typer.Option(help="Of the engine.")] = "int8",
+    threads: BenchedThreads = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(metavar="LIST", help="Lengths of the prompts that are routed.")
+    ] = "64,256,1024",
+    repeats: Annotated[int, typer.Option(min=1, help="Loads, and prefills of each length.")] = 9,
+    seed: Annotated[
+        int, typer.Option(help="Of the prompts, and of routers that were never trained.")
+    ] = 0,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time what comes before decode: loading a saved engine, and its routers' share of a prefill.
+
+    Example: firstlm bench start --output start.json
+    """
+    from firstlm import bench_start
+    from firstlm.engine.weights import check_precision
+
+    cli_input.check_model_exists(checkpoint)
+    found = bench_start.run(
+        checkpoint, precision=check_precision(precision),
+        prompt_tokens=cli_input.integers(prompt_tokens, "--prompt-tokens"), repeats=repeats,
+        threads=threads, seed=seed,
+    )  # fmt: skip
+    _give(found, bench_start.as_text, seed, output, as_json)
 
 
 def _replace(effort: Any, given: Mapping[str, Any]) -> Any:
