@@ -484,6 +484,17 @@ def test_a_copy_goes_its_own_way(how):
     assert [layer._storage is other._storage for layer in other.layers] == [True] * NUM_LAYERS
 
 
+def test_beams_that_share_a_plan_change_places_without_new_lists(monkeypatch):
+    cache = filled_cache(batch=4, mask=torch.tensor([[1, 0] * 3, [1, 0] * 3, [1] * 6, [1] * 6]))
+    lists = [cache.kept_rows(layer) for layer in range(NUM_LAYERS)]
+    cache.reorder_cache(torch.tensor([1, 0, 2, 2]))
+    assert all(cache.kept_rows(layer) is own for layer, own in enumerate(lists))
+    cache.reorder_cache(torch.tensor([2, 0, 1, -1]))
+    expected = [torch.nonzero(kept).squeeze(1) for kept in cache.keep_mask.unbind(1)]
+    for layer, rows in enumerate(expected):
+        assert torch.equal(cache.kept_rows(layer), rows)
+
+
 def test_storage_made_in_inference_mode_is_written_outside_it():
     cache = SkipCache(tiny_config("llama"))
     with torch.inference_mode():

@@ -211,9 +211,12 @@ class SkipCache(Cache):
         if keep_prob is not None:
             inside = index.clamp(-len(keep_prob), len(keep_prob) - 1)  # the storage raises if not
             keep_prob = keep_prob[inside.to(keep_prob.device)]
-        self._storage.select(index.tolist())
+        before = None if self.keep_mask is None else self.keep_mask.tolist()
+        rows = index.tolist()
+        self._storage.select(rows)  # raises for a row that is not there
         self.keep_prob = keep_prob
-        self._plans_changed()
+        if before is None or [before[row] for row in rows] != before:
+            self._plans_changed()  # beams of one prompt, which share a plan, may change places
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row b becomes the old row `beam_idx[b]` (beam search).
