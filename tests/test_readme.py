@@ -107,6 +107,6 @@ def test_the_page_of_results_is_made_from_the_stored_results() -> None:
     paths = [
         path for folder in ("engine", "ops") for path in (ROOT / "results" / folder).glob("*.json")
     ]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         assert bench_tables.tables(figures.read(path)) in page, path.name
