@@ -122,3 +122,17 @@ def test_a_turn_that_was_interrupted_while_it_was_read_leaves_the_plan(llama_eng
     assert chat.stats.reused_tokens == 0 and chat.skip_plan == SkipPlan((0, 2, 3), NUM_LAYERS)
     fresh = llama_engine.generate(chat.messages[:-1], skip_plan=chat.skip_plan, max_new_tokens=NEW)
     assert fresh["content"] == answer
+
+
+def test_turns_under_a_full_prefill_say_what_generate_says(llama):
+    engine = engine_of(llama, tokenizer=tiny_tokenizer())
+    options = {"prefill": "full", "max_new_tokens": NEW}
+    chat = engine.chat(**options)
+    chat.send("a b c", skip_plan=SkipPlan((0, 2, 3), NUM_LAYERS))
+    for text, prefill in (("word40 f", "full"), ("g", "route")):
+        answer = chat.send(text, prefill=prefill)
+        assert chat.stats.reused_tokens == 0
+        fresh = engine.generate(
+            chat.messages[:-1], skip_plan=chat.skip_plan, **(options | {"prefill": prefill})
+        )
+        assert fresh["content"] == answer

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from firstlm.engine.answers import Generation
 from firstlm.engine.call import Call, run
-from firstlm.engine.planning import Prefilled, prefill_prompts
+from firstlm.engine.planning import Prefilled, is_reusable, prefill_prompts
 from firstlm.engine.prefix import KeptSequence
 from firstlm.engine.stats import EngineStats
 from firstlm.skip_plan import SkipPlan
@@ -87,8 +87,12 @@ class Chat:
             if call.prefilled is not None:
                 keep, keep_prob = call.prefilled.keep, call.prefilled.keep_prob
                 self._planned = keep[0], None if keep_prob is None else keep_prob[0]
-                self._kept = call.kept_sequence()
+                reusable = self._is_reusable(call, keep[0])
+                self._kept = call.kept_sequence() if reusable else None
                 self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _is_reusable(self, call: Call, keep: Tensor) -> bool:
+        return is_reusable(keep, call.choice.prefill_of(self._engine.core))
 
     def _read(self, call: Call, replan: bool) -> Prefilled:
         core, rows = self._engine.core, call.rows
@@ -96,12 +100,13 @@ class Chat:
             return prefill_prompts(core, rows, call.choice, call.stats)
         keep, keep_prob = self._planned
         kept, self._kept = self._kept, None  # if this call fails, what it holds is not known
-        reused = 0 if kept is None else kept.cut_to(rows[0])
+        reusable = kept is not None and self._is_reusable(call, keep)
+        reused = kept.cut_to(rows[0]) if kept is not None and reusable else 0
         if kept is not None and reused:
             call.stats.reused_tokens += reused
             logits = core.extend([kept.sequence], [rows[0][reused:]], [1], call.stats)
             sequences = [kept.sequence]
-        else:  # an earlier turn failed, or a window has moved on: again, under the same plan
+        else:  # a turn failed, a window has moved on, or prefill="full": again, under this plan
             choice = dataclasses.replace(
                 call.choice, skip_plan=SkipPlan.from_mask(keep), budget=None
             )
