@@ -2,6 +2,8 @@
 
     python scripts/check_engine.py --checkpoint runs/quickstart/checkpoint --prompts 50 --tokens 256
 
+Every answer is as long as was asked; the end of sequence does not end it.
+
 A divergence is allowed where the two best tokens of the hf path are closer than twice the largest
 difference between the logits of the two paths (measured teacher-forced on all answers), or where
 the keep probability of the first layer that the plans disagree on lies within 1e-5 of its
@@ -14,12 +16,14 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import firstlm
+from firstlm.atomic import write_json
 from firstlm.corpus import CORPUS_NAMES, load_corpus
 from firstlm.data import encode_prompt
 from firstlm.engine.stats import EngineStats
@@ -53,8 +57,9 @@ class Divergence:
 def hf_answer(model: Any, row: list[int], tokens: int) -> tuple[list[int], SkipPlan, torch.Tensor]:
     """(answer, plan, keep_prob [L]) of the hf path."""
     out = model.generate(
-        torch.tensor([row]), max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True
-    )
+        torch.tensor([row]), max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True,
+        eos_token_id=model.config.vocab_size, pad_token_id=0,  # no token has this id
+    )  # fmt: skip
     return out.sequences[0, len(row) :].tolist(), out.skip_plans[0], out.keep_prob[0]
 
 
@@ -91,7 +96,9 @@ def compare(
     largest, count = 0.0, 0
     for index, row in enumerate(tqdm(rows, unit="prompt")):
         answer, plan, keep_prob = hf_answer(model, row, tokens)
-        own = engine.generate(row, max_new_tokens=tokens, temperature=0, details=True)
+        own = engine.generate(
+            row, max_new_tokens=tokens, temperature=0, ignore_eos=True, details=True
+        )
         count += len(answer)
         if own.skip_plan != plan:
             thresholds = torch.tensor(model.router_config.thresholds)
@@ -126,6 +133,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write what was found to this file")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -139,6 +147,8 @@ def main() -> int:
     rows = [encode_prompt(example["prompt"], tokenizer) for example in examples[: options.prompts]]
     result = compare(model, engine, rows, options.tokens)
     print(json.dumps(result, indent=2))
+    if options.json is not None:
+        write_json(options.json, result)
     far = result["largest_logit_difference"] > _MOST_DIFFERENCE
     return 1 if result["not_allowed"] or far else 0
 

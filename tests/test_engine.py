@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from tiny_models import (
     tiny_base_path,
     tiny_config,
 )
+from tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 
@@ -359,15 +361,30 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused():
     [
         ({"prompts": [[1, VOCAB_SIZE]]}, ValueError, "token ids must lie in"),
         ({"prompts": [[1, -1]]}, ValueError, "token ids must lie in"),
-        ({"prompts": list(range(3, 100)) * 4}, ValueError, "maximum of 256"),
+        (
+            {"prompts": [[3], [5] * 256]},
+            ValueError,
+            "prompt 1 has 256.*at most 255.*maximum of 256",
+        ),
+        ({"prompts": [[3], []]}, ValueError, "prompt 1 has no tokens"),
+        ({"prompts": [[]]}, ValueError, "prompt 0 has no tokens"),
         ({"prompts": 7}, TypeError, "prompts takes"),
         ({"prompts": ["a", [1]]}, TypeError, "all of one kind"),
         ({"prompts": [3], "max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"prompts": [3], "temperature": -1.0}, ValueError, "temperature"),
+        (
+            {"prompts": [3], "temperature": "hot"},
+            TypeError,
+            "temperature takes a number, got 'hot'",
+        ),
+        ({"prompts": [3], "temperature": [1.0]}, TypeError, "temperature takes a number"),
+        ({"prompts": [3], "temperature": np.ones(2)}, TypeError, "temperature takes a number"),
         ({"prompts": [3], "temperature": 1.0, "top_p": 1.5}, ValueError, "top_p"),
         ({"prompts": [3], "stop": 0.5}, TypeError, "stop"),
         ({"prompts": [3], "max_new_tokens": 3.0}, TypeError, "max_new_tokens"),
         ({"prompts": [3], "top_k": 2.5}, TypeError, "top_k"),
+        ({"prompts": [3], "top_k": -1}, ValueError, "top_k is -1; accepted is 0"),
+        ({"prompts": [3], "stop": 10**12}, ValueError, "stop takes token ids in"),
         ({"prompts": [3], "stop": [-1]}, ValueError, "stop"),
         ({"prompts": [3], "seed": [1, 2]}, ValueError, "seed"),
         ({"prompts": [3], "seed": -1}, ValueError, "seed"),
@@ -375,6 +392,9 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused():
         ({"prompts": [3], "seed": "7"}, TypeError, "seed"),
         ({"prompts": [3], "budget": 1.0}, ValueError, "skip rate"),
         ({"prompts": [3], "budget": 0.5}, ValueError, "calibrate"),
+        ({"prompts": [3], "budget": "half"}, TypeError, "budget takes a number, got 'half'"),
+        ({"prompts": [3], "budget_mode": "all"}, ValueError, "budget_mode"),
+        ({"prompts": [3], "skip_plan": 3}, TypeError, "skip_plan takes SkipPlan objects, got int"),
         ({"prompts": [3], "budget": 0.5, "budget_mode": "all"}, ValueError, "budget_mode"),
         ({"prompts": [3], "prefill": "both"}, ValueError, "prefill"),
         ({"prompts": [3], "skip_plan": SkipPlan((0,), 7)}, ValueError, "7 layers"),
@@ -389,6 +409,41 @@ def test_arguments_that_are_not_accepted_are_named(llama_engine, arguments, erro
     assert llama_engine.core.decoder.counters() == before  # before any work
 
 
+def test_options_that_no_call_takes_are_named_before_a_turn(llama_engine):
+    with pytest.raises(TypeError, match="stream takes no 'max_tokens'; accepted: max_new_tokens"):
+        llama_engine.stream([3], max_tokens=3)
+    with pytest.raises(TypeError, match="stream takes no 'details'"):
+        llama_engine.stream([3], details=True)
+    engine = engine_of(routed_model("llama", torch.float32), tokenizer=tiny_tokenizer())
+    with pytest.raises(TypeError, match="chat takes no 'max_tokens'"):
+        engine.chat(max_tokens=3)
+    with pytest.raises(TypeError, match=r"messages takes chat messages.*got 'hello'.*send\(text\)"):
+        engine.chat("hello")
+    with pytest.raises(TypeError, match="a turn of a chat takes no 'max_tokens'"):
+        engine.chat().send("a", max_tokens=3)
+
+
+def test_no_vocabulary_is_larger_than_top_k_may_be(llama_engine):
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    wanted = llama_engine.generate(ROWS[0], top_k=0, **options)
+    assert llama_engine.generate(ROWS[0], top_k=10**30, **options) == wanted
+
+
+def test_a_prompt_as_long_as_the_model_reads_has_a_plan(llama_engine):
+    assert len(llama_engine.plan([5] * 256).skip_plans) == 1
+    with pytest.raises(ValueError, match="prompt 0 has 257 tokens, at most 256"):
+        llama_engine.plan([5] * 257)
+
+
+def test_one_continuation_is_for_one_prompt(llama_engine):
+    with pytest.raises(ValueError, match="prompts is a single one and continuations a list"):
+        llama_engine.score([3], [[4]])
+    with pytest.raises(ValueError, match="continuations is a single one and prompts a list"):
+        llama_engine.score([[3]], [4])
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        llama_engine.score([[3], [5]], [[4]])
+
+
 def test_text_needs_a_tokenizer_and_precisions_have_names(llama):
     with pytest.raises(ValueError, match="no tokenizer"):
         engine_of(llama).generate("a b")
@@ -396,5 +451,8 @@ def test_text_needs_a_tokenizer_and_precisions_have_names(llama):
         Engine.from_model(llama, precision="int3")
     with pytest.raises(ValueError, match="num_threads"):
         Engine.from_model(llama, num_threads=0)
+    for wrong in ("2", 1.5):
+        with pytest.raises(TypeError, match="num_threads takes a whole number"):
+            Engine.from_model(llama, num_threads=wrong)
     with pytest.raises(ValueError, match=r"num_threads must lie in \[1, 256\]"):
         Engine.from_model(llama, num_threads=257)

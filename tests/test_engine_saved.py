@@ -35,6 +35,8 @@ def test_a_saved_engine_is_the_same_engine(llama_engine, tmp_path):
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds no engine"):
         loaded.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a file; choose a folder"):
+        loaded.save(tmp_path / "other" / "thesis.tex")
 
 
 def damage_weights(folder):

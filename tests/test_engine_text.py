@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -143,22 +145,24 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path):
 def test_special_texts_stop_as_tokens_and_others_as_texts():
     tokenizer = EngineTokenizer.of(tiny_tokenizer())
     options = {"max_new_tokens": 1, "seed": 0, "ignore_eos": False}
-    found = settings_of({"eos_token_id": [7]}, tokenizer, 2, stop=["<end>", "say", 9], **options)
+    found = settings_of(
+        {"eos_token_id": [7]}, tokenizer, 2, 16, stop=["<end>", "say", 9], **options
+    )
     assert (found.end_tokens, found.stop_strings) == ([2, 7, 9], ["say"])
     assert [found.of_row(row)["seed"] for row in range(2)] == [0, 1]
     with pytest.raises(ValueError, match="no tokenizer"):
-        settings_of({}, None, 1, stop="a", **options)
+        settings_of({}, None, 1, 16, stop="a", **options)
     for stop in ("", [""], [True], 0.5):
         with pytest.raises(TypeError, match="stop takes"):
-            settings_of({}, tokenizer, 1, stop=stop, **options)
+            settings_of({}, tokenizer, 1, 16, stop=stop, **options)
 
 
 def test_what_a_model_samples_by_default_is_followed_if_it_samples():
     options = {"max_new_tokens": 1, "seed": 0, "ignore_eos": False, "stop": None}
     defaults = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
-    greedy = settings_of(defaults, None, 1, **options).sampling
+    greedy = settings_of(defaults, None, 1, 16, **options).sampling
     assert (greedy["temperature"], greedy["repetition_penalty"]) == (0.0, 1.1)
-    sampled = settings_of(defaults | {"do_sample": True}, None, 1, top_k=0, **options).sampling
+    sampled = settings_of(defaults | {"do_sample": True}, None, 1, 16, top_k=0, **options).sampling
     assert (sampled["temperature"], sampled["top_k"], sampled["top_p"]) == (0.7, 0, 1.0)
 
 
@@ -168,7 +172,10 @@ def test_prompts_are_told_apart():
         one, many = Prompts.of(value), Prompts.of([value, value])
         assert (one.kind, one.single, one.values) == (kind, True, [value])
         assert (many.kind, many.single, many.values) == (kind, False, [value, value])
-    for value in (7, None, {"role": "user"}, [["a", 1]], [[1], "a"], [[]], [1.5]):
+    rows = [[1, 2], [3, 4]]
+    for array in (torch.tensor(rows), np.array(rows)):
+        assert Prompts.of(array) == Prompts.of(list(array)) == Prompts("ids", False, rows)
+    for value in (7, None, {"role": "user"}, [["a", 1]], [[1], "a"], [1.5]):
         with pytest.raises(TypeError, match="prompts takes"):
             Prompts.of(value)
 
@@ -178,7 +185,7 @@ def test_a_stop_that_is_complete_only_when_the_answer_ends_is_the_reason():
     tokenizer = EngineTokenizer.of(byte_tokenizer())
     half = tokenizer("é")["input_ids"][0]
     options = {"max_new_tokens": 2, "seed": 0, "ignore_eos": False, "stop": "\ufffd"}
-    settings = settings_of({}, tokenizer, 1, **options)
+    settings = settings_of({}, tokenizer, 1, 16, **options)
     answer = Answer(tokenizer, settings, limit=2)
     answer.push([tokenizer("a")["input_ids"][0], half])
     assert (answer.text(), answer.finish_reason) == ("a", "stop")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from firstlm import ops
+from firstlm.arguments import number
 
 KEPT, SKIPPED = "▮", "▯"
 BUDGET_MODES = ("threshold", "exact")
@@ -157,6 +158,8 @@ def plans_to_mask(
         if mask.ndim == 1:
             mask = mask.expand(batch_size, -1)
     else:
+        if not isinstance(plans, (SkipPlan, Iterable)):
+            raise TypeError(f"skip_plan takes SkipPlan objects, got {type(plans).__name__}")
         rows = [plans] * batch_size if isinstance(plans, SkipPlan) else list(plans)
         for plan in rows:
             if not isinstance(plan, SkipPlan):
@@ -328,11 +331,10 @@ def check_plan_choice(
     """Raises ValueError unless at most one of plan and budget is given, and the latter is one."""
     if skip_plan is not None and budget is not None:
         raise ValueError("pass skip_plan or budget, not both")
-    if budget is None:
-        return
     if budget_mode not in BUDGET_MODES:
         raise ValueError(f"budget_mode must be one of {BUDGET_MODES}, got {budget_mode!r}")
-    check_skip_rate(budget)
+    if budget is not None:
+        check_skip_rate(number("budget", budget))
 
 
 def check_skip_rate(skip_rate: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import inspect
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,9 +107,10 @@ def prepare(
     asked = Prompts.of(prompts)
     rows = asked.encode(tokenizer, raw)
     settings = settings_of(
-        config.generation, tokenizer, len(rows), max_new_tokens=max_new_tokens, seed=seed,
-        stop=stop, ignore_eos=ignore_eos, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty,
+        config.generation, tokenizer, len(rows), config.decoder["vocab_size"],
+        max_new_tokens=max_new_tokens, seed=seed, stop=stop, ignore_eos=ignore_eos,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty,
     )  # fmt: skip
     choice = PlanChoice(skip_plan, budget, budget_mode, prefill)
     choice.check(core, len(rows))
@@ -120,20 +122,40 @@ def prepare(
     return Call(asked, rows, settings, choice, answers, stats)
 
 
-def check_rows(config: EngineConfig, rows: Sequence[list[int]], room: int) -> None:
+# What a call may be asked for, beside its prompts.
+OPTIONS = tuple(
+    name for name, parameter in inspect.signature(prepare).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "as_text"
+)  # fmt: skip
+
+
+def check_options(taker: str, options: Iterable[str]) -> None:
+    """Raises TypeError for names of options that no call takes; `taker` names who was asked."""
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"{taker} takes no {unknown[0]!r}; accepted: {', '.join(OPTIONS)}")
+
+
+def check_rows(
+    config: EngineConfig, rows: Sequence[list[int]], room: int, what: str = "prompt"
+) -> None:
     """Raises ValueError for ids outside of the vocabulary, and for rows that are too long.
 
     Args:
         room: tokens that must be free after each row; -1: its last token is not read.
+        what: names a row in messages.
     """
-    vocab_size = config.decoder["vocab_size"]
-    for row in rows:
+    vocab_size, most = config.decoder["vocab_size"], config.max_length - room
+    for index, row in enumerate(rows):
         if not 0 <= min(row) <= max(row) < vocab_size:
             wrong = min(row) if min(row) < 0 else max(row)
-            raise ValueError(f"token ids must lie in [0, {vocab_size}), got {wrong}")
-        if len(row) + room > config.max_length:
             raise ValueError(
-                f"{len(row)} tokens leave no room in the model's maximum of {config.max_length}"
+                f"{what} {index}: token ids must lie in [0, {vocab_size}), got {wrong}"
+            )
+        if len(row) > most:
+            raise ValueError(
+                f"{what} {index} has {len(row)} tokens, at most {most} are accepted: the model's "
+                f"maximum of {config.max_length} counts prompt and answer together"
             )
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from firstlm.engine.answers import Generation
-from firstlm.engine.call import Call, run
+from firstlm.engine.call import Call, check_options, run
 from firstlm.engine.planning import Prefilled, is_reusable, prefill_prompts
 from firstlm.engine.prefix import KeptSequence
+from firstlm.engine.prompts import is_message
 from firstlm.engine.stats import EngineStats
 from firstlm.skip_plan import SkipPlan
 
@@ -36,6 +37,12 @@ class Chat:
     def __init__(
         self, engine: Engine, messages: Sequence[dict[str, str]], options: dict[str, Any]
     ) -> None:
+        check_options("chat", options)
+        if isinstance(messages, str) or not all(is_message(message) for message in messages):
+            raise TypeError(
+                "messages takes chat messages [{'role': …, 'content': …}], got "
+                f"{messages!r:.80}: a question goes to send(text)"
+            )
         self.messages = [dict(message) for message in messages]
         self.stats = EngineStats()
         self.last: Generation | None = None
@@ -63,6 +70,7 @@ class Chat:
         self, text: str, *, replan: bool = False, **options: Any
     ) -> Generator[str, None, None]:
         """As `send`, piece by piece. Of an iterator that is closed, what it gave is remembered."""
+        check_options("a turn of a chat", options)
         messages = [*self.messages, {"role": "user", "content": text}]
         call = self._engine.prepare(messages, as_text=True, **(self._options | options))
         replan = replan or options.get("budget") is not None

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from firstlm import bandwidth, native
+from firstlm.arguments import whole_number
 from firstlm.engine import saved
 from firstlm.engine.answers import Generation
-from firstlm.engine.call import Call, check_rows, prepare, run
+from firstlm.engine.call import Call, check_options, check_rows, prepare, run
 from firstlm.engine.chat import Chat
 from firstlm.engine.core import DecoderCore
 from firstlm.engine.planning import (
@@ -272,6 +273,7 @@ class Engine:
             prompt: one text, chat or list of ids.
             **options: those of `generate`, but for `details`.
         """
+        check_options("stream", options)
         call = self.prepare(prompt, as_text=True, **options)
         if not call.prompts.single:
             raise TypeError("stream takes one prompt; generate takes several")
@@ -353,7 +355,13 @@ class Engine:
         asked = Prompts.of(prompts)
         rows = asked.encode(self.tokenizer, raw)
         after = Prompts.of(continuations)
-        if asked.single != after.single or len(after.values) != len(rows):
+        if asked.single != after.single:
+            one, several = ("prompts", "continuations")[:: 1 if asked.single else -1]
+            raise ValueError(
+                f"score takes one continuation for one prompt, or a list for a list: {one} is a "
+                f"single one and {several} a list"
+            )
+        if len(after.values) != len(rows):
             raise ValueError(
                 f"score takes one continuation a prompt: got {len(after.values)} for {len(rows)}"
             )
@@ -367,7 +375,7 @@ class Engine:
         choice.check(self.core, len(rows))
         check_rows(self.config, rows, room=0)
         whole = [row + more for row, more in zip(rows, continued, strict=True)]
-        check_rows(self.config, whole, room=-1)
+        check_rows(self.config, whole, room=-1, what="prompt and continuation")
         stats = EngineStats(prompts=len(rows), prompt_tokens=sum(map(len, rows)))
         found = score_rows(self.core, rows, continued, choice, stats)
         self._ended(stats)
@@ -426,6 +434,7 @@ def _as_asked(kind: str, generation: Generation) -> Any:
 def _threads(num_threads: int | None) -> int:
     if num_threads is None:
         return min(torch.get_num_threads(), native.MAX_THREADS)
+    num_threads = whole_number("num_threads", num_threads)
     if not 1 <= num_threads <= native.MAX_THREADS:
         raise ValueError(f"num_threads must lie in [1, {native.MAX_THREADS}], got {num_threads}")
     return num_threads

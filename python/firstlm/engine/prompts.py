@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from firstlm.engine.text import EngineTokenizer
 
 Kind = Literal["text", "chat", "ids"]
@@ -38,15 +36,14 @@ class Prompts:
             TypeError: none of the accepted kinds, or several of them.
             ValueError: an empty prompt.
         """
-        if isinstance(prompts, torch.Tensor):
-            prompts = prompts.tolist()
+        prompts = _as_list(prompts)
         kind = _kind_of_one(prompts)
         if kind is not None:
             return cls(kind, True, [_ids(prompts) if kind == "ids" else prompts])
         if not isinstance(prompts, Sequence):
             raise TypeError(f"prompts takes {_ACCEPTED}, got {type(prompts).__name__}")
-        values = [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompts]
-        kinds = {_kind_of_one(value) for value in values}
+        values = list(prompts)
+        kinds = {"ids" if value == [] else _kind_of_one(value) for value in values}
         if not values:
             return cls("ids", False, [])
         if len(kinds) > 1 or None in kinds:
@@ -70,9 +67,9 @@ class Prompts:
         else:
             tokenizer = require_tokenizer(tokenizer)
             rows = [_encode(value, tokenizer, raw) for value in self.values]
-        for row in rows:
+        for index, row in enumerate(rows):
             if not row:
-                raise ValueError("a prompt has no tokens; at least one is needed")
+                raise ValueError(f"prompt {index} has no tokens; at least one is needed")
         return rows
 
 
@@ -96,16 +93,30 @@ def _encode(prompt: Any, tokenizer: EngineTokenizer, raw: bool) -> list[int]:
     return encode_prompt(prompt, tokenizer)  # type: ignore[arg-type]
 
 
+def _as_list(prompt: Any) -> Any:
+    """Tensors and numpy arrays as lists, also those in a list; anything else as it is."""
+    if hasattr(prompt, "tolist"):
+        return prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        return [part.tolist() if hasattr(part, "tolist") else part for part in prompt]
+    return prompt
+
+
 def _kind_of_one(prompt: Any) -> Kind | None:
     if isinstance(prompt, str):
         return "text"
     if not isinstance(prompt, Sequence) or not len(prompt):
         return None
-    if all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
+    if all(is_message(part) for part in prompt):
         return "chat"
     if all(_is_id(part) for part in prompt):
         return "ids"
     return None
+
+
+def is_message(value: Any) -> bool:
+    """Whether it is one message of a chat."""
+    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
 
 
 def _is_id(value: Any) -> bool:

@@ -67,8 +67,10 @@ def save(engine: SavedEngine, folder: Path) -> None:
     """Writes a folder that appears whole or not at all, in the place of what was there.
 
     Raises:
-        ValueError: the folder holds something other than an engine.
+        ValueError: a file, or a folder that holds something other than an engine.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose a folder")
     if folder.exists() and not (folder / CONFIG_NAME).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no engine; choose another folder")
     with staged_folder(folder) as staging:

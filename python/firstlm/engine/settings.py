@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from firstlm import native
+from firstlm.arguments import number, whole_number
 from firstlm.engine.prompts import require_tokenizer
 from firstlm.engine.text import EngineTokenizer
 
@@ -53,6 +54,7 @@ def settings_of(
     defaults: Mapping[str, Any],
     tokenizer: EngineTokenizer | None,
     num_prompts: int,
+    vocab_size: int,
     *,
     max_new_tokens: int,
     seed: int | Sequence[int],
@@ -65,14 +67,15 @@ def settings_of(
     Args:
         defaults: from `generation_defaults`.
         num_prompts: of the call.
+        vocab_size: tokens of the model.
         max_new_tokens, seed, stop, ignore_eos, **sampling: as in `Engine.generate`.
 
     Raises:
         TypeError, ValueError: a setting that is not accepted.
     """
-    if _whole("max_new_tokens", max_new_tokens) < 1:
+    if whole_number("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    strings, tokens = _stops(stop, tokenizer)
+    strings, tokens = _stops(stop, tokenizer, vocab_size)
     ends = [] if ignore_eos else list(defaults.get("eos_token_id", []))
     found = _sampling(defaults, sampling)
     native.check_sampling(found)
@@ -95,24 +98,25 @@ def _sampling(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         for name in SAMPLING
     }
     return {
-        name: _whole(name, value) if isinstance(_OFF[name], int) else float(value)
+        name: _count(name, value) if isinstance(_OFF[name], int) else number(name, value)
         for name, value in values.items()
     }
 
 
-def _whole(name: str, value: Any) -> int:
-    """Any kind of integer. Raises TypeError for others."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} takes a whole number, got {value!r}")
-    return value.__index__()
+def _count(name: str, value: Any) -> int:
+    """0 or more. Beyond 2^31 - 1 no vocabulary reaches, and everything is kept."""
+    count = min(whole_number(name, value), 2**31 - 1)
+    if count < 0:
+        raise ValueError(f"{name} is {count}; accepted is 0 (all) or more")
+    return count
 
 
 def _seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
     """One a prompt."""
     if isinstance(seed, Sequence) and not isinstance(seed, str):
-        seeds = [_whole("seed", value) for value in seed]
+        seeds = [whole_number("seed", value) for value in seed]
     else:
-        seeds = [_whole("seed", seed) + row for row in range(num_prompts)]
+        seeds = [whole_number("seed", seed) + row for row in range(num_prompts)]
     if len(seeds) != num_prompts:
         raise ValueError(
             f"seed takes one number or one a prompt: got {len(seeds)} for {num_prompts}"
@@ -124,7 +128,9 @@ def _seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
 
 
 def _stops(
-    stop: str | int | Sequence[str | int] | None, tokenizer: EngineTokenizer | None
+    stop: str | int | Sequence[str | int] | None,
+    tokenizer: EngineTokenizer | None,
+    vocab_size: int,
 ) -> tuple[list[str], list[int]]:
     """(texts, token ids); a text that is one token of its own is that token."""
     if stop is None:
@@ -132,8 +138,8 @@ def _stops(
     strings, tokens = [], []
     for value in stop if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]:
         if isinstance(value, int) and not isinstance(value, bool):
-            if value < 0:
-                raise ValueError(f"stop takes token ids of 0 or more, got {value}")
+            if not 0 <= value < vocab_size:
+                raise ValueError(f"stop takes token ids in [0, {vocab_size}), got {value}")
             tokens.append(value)
         elif isinstance(value, str) and value:
             token = require_tokenizer(tokenizer).special_token_id(value)
