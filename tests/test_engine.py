@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import firstlm
 from firstlm import Engine, RouterConfig, SkipPlan
 from tiny_engines import LENGTHS, NEW, ROWS, drawn, engine_of, hf_tokens
 from tiny_models import (
@@ -224,16 +223,6 @@ def test_a_batch_gives_what_each_prompt_gives_alone(llama_engine):
     assert batch == [llama_engine.generate(row, max_new_tokens=NEW) for row in ROWS]
 
 
-def test_layers_that_several_rows_keep_are_read_once_a_step(llama_engine):
-    plans = llama_engine.plan(ROWS).skip_plans
-    any_row = set().union(*(plan.kept for plan in plans))
-    llama_engine.generate(ROWS, max_new_tokens=NEW, ignore_eos=True)
-    stats = llama_engine.stats
-    assert stats.steps == NEW - 1
-    assert stats.layer_runs == len(any_row) * stats.steps
-    assert stats.new_tokens == NEW * len(ROWS)
-
-
 def test_rows_end_at_their_own_stop(llama_engine):
     whole = llama_engine.generate(ROWS, max_new_tokens=NEW, ignore_eos=True)
     stops = [whole[0][3], whole[2][6]]
@@ -303,19 +292,6 @@ def test_an_answer_ends_at_the_models_maximum(llama_engine):
     found = llama_engine.generate(row, max_new_tokens=100, ignore_eos=True, details=True)
     assert len(found.tokens) == 6
     assert found.finish_reason == "length"
-
-
-def test_the_share_of_the_bandwidth_is_there_once_it_was_measured(llama, monkeypatch):
-    engine = engine_of(llama)
-    engine.generate(ROWS[0], max_new_tokens=4, ignore_eos=True)
-    assert engine.stats.bandwidth_share is None
-    monkeypatch.setattr(firstlm.bandwidth, "read_gb_per_s", lambda: [1.0, 2.0, 9.0])
-    assert engine.measure_bandwidth() == 2.0
-    engine.generate(ROWS[0], max_new_tokens=4, ignore_eos=True)
-    stats = engine.stats
-    read = (stats.weight_bytes + stats.cache_bytes) / stats.decode_ms * 1e3
-    assert stats.bandwidth_share == pytest.approx(read / 2e9)
-    assert stats.to_json()["bandwidth_share"] == stats.bandwidth_share
 
 
 # ---- what is refused ----
@@ -421,6 +397,17 @@ def test_options_that_no_call_takes_are_named_before_a_turn(llama_engine):
         engine.chat("hello")
     with pytest.raises(TypeError, match="a turn of a chat takes no 'max_tokens'"):
         engine.chat().send("a", max_tokens=3)
+
+
+def test_keep_masks_are_plans(llama_engine):
+    plans = [SkipPlan((0, layer), NUM_LAYERS) for layer in (1, 2, 3, 4)]
+    plans = [SkipPlan((*plan.kept, 5), NUM_LAYERS) for plan in plans]
+    masks = torch.stack([plan.to_mask() for plan in plans])
+    for plan, mask in ((plans, masks), (plans[1], masks[1])):
+        wanted = llama_engine.generate(ROWS, max_new_tokens=NEW, skip_plan=plan)
+        assert llama_engine.generate(ROWS, max_new_tokens=NEW, skip_plan=mask) == wanted
+        scores = [llama_engine.score(ROWS, ROWS, skip_plan=each) for each in (plan, mask)]
+        assert all(torch.equal(a, b) for a, b in zip(*scores, strict=True))
 
 
 def test_no_vocabulary_is_larger_than_top_k_may_be(llama_engine):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
 
 from firstlm import SkipPlan
+from firstlm.engine.settings import settings_of
+from firstlm.engine.stats import EngineStats
 from tiny_engines import NEW, ROWS, engine_of, hf_tokens
-from tiny_models import NUM_LAYERS
+from tiny_models import NUM_LAYERS, VOCAB_SIZE
 
 
 def test_threads_and_engines_do_not_disturb_each_other(llama, llama_engine):
@@ -31,6 +34,38 @@ def test_threads_and_engines_do_not_disturb_each_other(llama, llama_engine):
     for thread in threads:
         thread.join()
     assert found == [expected] * len(engines)
+
+
+@pytest.mark.parametrize("part", ["prompt", "answer"])
+def test_other_threads_run_while_the_engine_does(llama, monkeypatch, part):
+    """One call into the decoder, half a second long or so, that no other thread has to wait for."""
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 10**6)
+    core = engine_of(llama).core
+    stats, keep = EngineStats(), torch.ones(1, NUM_LAYERS, dtype=torch.bool)
+    sequences, logits = core.planned([ROWS[0]], keep, "route", stats)
+    started, ended, beats = threading.Event(), threading.Event(), []
+
+    def beat():
+        started.set()
+        while not ended.wait(0.001):
+            beats.append(time.perf_counter())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    started.wait()
+    begin = time.perf_counter()
+    if part == "prompt":
+        core.extend(sequences, [[5] * 8000], [1], stats)
+    else:
+        greedy = settings_of(
+            {}, None, 1, VOCAB_SIZE, max_new_tokens=1, seed=0, stop=None, ignore_eos=True
+        )
+        row = greedy.of_row(0)
+        core.advance(core.decoder.decoding(sequences, logits, [row], [[]], [], [8000]), 8000, stats)
+    end = time.perf_counter()
+    ended.set()
+    thread.join()
+    assert sum(begin < at < end for at in beats) > 10
 
 
 def test_closing_the_iterator_ends_the_decode(llama_engine):

@@ -49,6 +49,8 @@ def test_a_later_turn_keeps_the_plan_and_reads_only_what_is_new(llama, llama_eng
     chat.send("g", skip_plan=other)
     assert chat.skip_plan == other
     assert chat.stats.reused_tokens == 0
+    chat.send("h", skip_plan=other.to_mask())  # the same plan again
+    assert chat.stats.reused_tokens > 0
     chat.send("h", replan=True)
     assert chat.skip_plan == llama_engine.plan([chat.messages[:-1]]).skip_plans[0]
 

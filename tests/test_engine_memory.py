@@ -79,14 +79,14 @@ def adapted_source(source, tmp_path_factory):
     return *checkpoints, size
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_merged_adapter_is_never_in_memory_as_a_whole(adapted_source, precision):
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])  # of int4, kept apart
+def test_an_adapted_model_is_never_in_memory_twice(adapted_source, precision):
     checkpoint, tiny, source_bytes = adapted_source
     peak, result_bytes = map(int, run(PEAK, tiny, checkpoint, precision).split())
     assert peak <= 1.3 * max(source_bytes, result_bytes)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 def test_source_and_result_are_never_in_memory_together(source, precision):
     folder, source_bytes = source
     peak, result_bytes = map(int, run(PEAK, tiny_base_path("llama"), folder, precision).split())

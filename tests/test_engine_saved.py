@@ -126,3 +126,9 @@ def test_another_prefill_than_trained_warns(llama_checkpoint):
     engine = Engine.from_pretrained(llama_checkpoint, "float32", progress=False)
     with pytest.warns(UserWarning, match="trained with prefill='route'"):
         engine.generate(ROWS[0], prefill="full", max_new_tokens=2)
+
+
+def test_packing_shows_a_bar_where_it_is_asked_for(llama, capsys):
+    for progress in (True, False):
+        Engine.from_model(llama, precision="int8", progress=progress)
+        assert ("packing weights as int8: 100%" in capsys.readouterr().err) == progress

@@ -127,7 +127,7 @@ class NativePath:
     def __init__(self, engine: Engine, choice: dict[str, Any]) -> None:
         from firstlm.engine.planning import PlanChoice
 
-        PlanChoice(**choice).check(engine.core, 1)
+        PlanChoice.of(engine.core, 1, **choice)
         if engine.router_config is not None and choice.get("budget_mode") == "threshold":
             engine.router_config.thresholds_for(choice["budget"])
         self.engine, self.choice = engine, choice

@@ -96,8 +96,8 @@ class SmallModel {
     }
   }
 
-  std::unique_ptr<Decoder> decoder() const {
-    return std::make_unique<Decoder>(config, weights_, kernels());
+  std::unique_ptr<Decoder> decoder(const Kernels& level = kernels()) const {
+    return std::make_unique<Decoder>(config, weights_, level);
   }
 
   DecoderConfig config;
@@ -184,30 +184,37 @@ double largest_difference(const std::vector<float>& a, const std::vector<float>&
 
 TEST_CASE("decoder: a prompt in pieces gives the logits of the prompt as a whole") {
   const SmallModel model(Precision::kFloat32, DType::kFloat32);
-  const auto decoder = model.decoder();
   Team team(2);
   const int64_t T = 300;  // more than one split
+  const std::vector<uint8_t> keep{1, 1, 0, 1};
   Conversation whole(model.config, T, 1);
-  whole.keep = {1, 1, 0, 1};
-  const std::vector<float> expected = run(*decoder, team, {whole.segment(0, T)});
-  for (const int64_t step : {1, 7, 299}) {
-    Conversation pieces(model.config, T, 1);
-    pieces.keep = whole.keep;
-    std::vector<float> logits;
-    for (int64_t first = 0; first < T; first += step) {
-      const auto piece = run(*decoder, team, {pieces.segment(first, std::min(T, first + step))});
-      logits.insert(logits.end(), piece.begin(), piece.end());
+  whole.keep = keep;
+  const auto portable = model.decoder(*available_kernels().front());
+  const std::vector<float> expected = run(*portable, team, {whole.segment(0, T)});
+  for (const Kernels* level : available_kernels()) {
+    CAPTURE(level->isa);
+    const auto decoder = model.decoder(*level);
+    for (const int64_t step : {1, 7, 299, 300}) {
+      Conversation pieces(model.config, T, 1);
+      pieces.keep = keep;
+      std::vector<float> logits;
+      for (int64_t first = 0; first < T; first += step) {
+        const auto piece = run(*decoder, team, {pieces.segment(first, std::min(T, first + step))});
+        logits.insert(logits.end(), piece.begin(), piece.end());
+      }
+      CHECK(largest_difference(logits, expected) < 2e-4);
+      CHECK(pieces.cache.lengths() == std::vector<int64_t>{T, T, 0, T});
     }
-    CHECK(largest_difference(logits, expected) < 2e-4);
-    CHECK(pieces.cache.lengths() == std::vector<int64_t>{T, T, 0, T});
   }
 }
 
 TEST_CASE("decoder: neither the batch nor the team changes a bit") {
-  for (const Precision precision :
-       {Precision::kFloat32, Precision::kBFloat16, Precision::kInt8, Precision::kInt4}) {
-    const SmallModel model(precision, DType::kBFloat16, precision == Precision::kInt4 ? 16 : 0);
-    const auto decoder = model.decoder();
+  const Precision precision =
+      GENERATE(Precision::kFloat32, Precision::kBFloat16, Precision::kInt8, Precision::kInt4);
+  const SmallModel model(precision, DType::kBFloat16, precision == Precision::kInt4 ? 16 : 0);
+  for (const Kernels* level : available_kernels()) {
+    CAPTURE(static_cast<int>(precision), level->isa);
+    const auto decoder = model.decoder(*level);
     // A prompt of many tokens, one of few, and two sequences that go on with single tokens.
     const std::vector<int64_t> before{0, 0, 5, 270}, added{30, 3, 1, 1};
     const std::vector<std::vector<uint8_t>> keep{

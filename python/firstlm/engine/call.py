@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from firstlm.engine.answers import Answer, Generation, decode_steps
 from firstlm.engine.core import DecoderCore
 from firstlm.engine.planning import PlanChoice, Prefilled
@@ -83,7 +85,7 @@ def prepare(
     max_new_tokens: int = 128,
     seed: int | Sequence[int] = 0,
     stop: str | int | Sequence[str | int] | None = None,
-    skip_plan: SkipPlan | Sequence[SkipPlan] | None = None,
+    skip_plan: SkipPlan | Sequence[SkipPlan] | torch.Tensor | None = None,
     budget: float | None = None,
     budget_mode: str = "threshold",
     prefill: str | None = None,
@@ -112,8 +114,7 @@ def prepare(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    choice = PlanChoice(skip_plan, budget, budget_mode, prefill)
-    choice.check(core, len(rows))
+    choice = PlanChoice.of(core, len(rows), skip_plan, budget, budget_mode, prefill)
     check_rows(config, rows, room=1)
     as_text = as_text and asked.kind != "ids"
     limits = [min(max_new_tokens, config.max_length - len(row)) for row in rows]

@@ -62,20 +62,30 @@ class Chat:
         Args:
             text: of the user.
             replan: find new plans, which reads the whole conversation again.
-            **options: of this turn, those of `Engine.generate`.
+            **options: of this turn, those of `Engine.generate` but for `details`. Another `prefill`
+                than that of the turns before, or "full" where layers are skipped, reads the whole
+                conversation again under the same plan; a `budget`, whatever its `budget_mode`,
+                finds a new plan.
+
+        Raises:
+            TypeError, ValueError: as `Engine.generate`; the conversation stays as it was.
         """
         return "".join(self.stream(text, replan=replan, **options))
 
     def stream(
         self, text: str, *, replan: bool = False, **options: Any
     ) -> Generator[str, None, None]:
-        """As `send`, piece by piece. Of an iterator that is closed, what it gave is remembered."""
+        """As `send`, piece by piece. Of an iterator that is closed, what it gave is remembered.
+
+        Raises:
+            TypeError, ValueError: as `send`, at once.
+        """
         check_options("a turn of a chat", options)
         messages = [*self.messages, {"role": "user", "content": text}]
         call = self._engine.prepare(messages, as_text=True, **(self._options | options))
         replan = replan or options.get("budget") is not None
         if self._planned is not None and options.get("skip_plan") is not None:
-            replan = replan or options["skip_plan"] != self.skip_plan
+            replan = replan or call.choice.skip_plans != [self.skip_plan]
         return self._stream(messages, call, replan)
 
     def _stream(
@@ -116,7 +126,7 @@ class Chat:
             sequences = [kept.sequence]
         else:  # a turn failed, a window has moved on, or prefill="full": again, under this plan
             choice = dataclasses.replace(
-                call.choice, skip_plan=SkipPlan.from_mask(keep), budget=None
+                call.choice, skip_plans=[SkipPlan.from_mask(keep)], budget=None
             )
             again = prefill_prompts(core, rows, choice, call.stats)
             logits, sequences = again.logits, again.sequences

@@ -112,6 +112,7 @@ class Engine:
         Raises:
             ValueError: a family that the engine does not run (the message names the hf path), an
                 unknown precision, no such model, or a saved engine of another precision.
+            TypeError: a number of threads that is no whole number.
         """
         from firstlm.engine import packing
 
@@ -139,6 +140,9 @@ class Engine:
                 are active included.
             tokenizer: of transformers; None: the engine takes token ids only.
             precision, head_precision, num_threads, lora, progress: as in `from_pretrained`.
+
+        Raises:
+            TypeError, ValueError: as `from_pretrained`.
         """
         from firstlm.engine import packing
 
@@ -154,7 +158,13 @@ class Engine:
         return cls(saved.load(Path(folder), _threads(num_threads)), num_threads)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes packed weights, routers and tokenizer; `load` needs nothing else."""
+        """Writes packed weights, routers and tokenizer; `load` needs nothing else.
+
+        The folder appears whole or not at all; an engine that lies there is replaced.
+
+        Raises:
+            ValueError: `folder` is a file, or holds something other than an engine.
+        """
         saved.save(SavedEngine(self.config, self._block, self.tokenizer), Path(folder))
 
     # -- what it is -------------------------------------------------------------------------------
@@ -213,7 +223,7 @@ class Engine:
         repetition_penalty: float | None = None,
         seed: int | Sequence[int] = 0,
         stop: str | int | Sequence[str | int] | None = None,
-        skip_plan: SkipPlan | Sequence[SkipPlan] | None = None,
+        skip_plan: SkipPlan | Sequence[SkipPlan] | torch.Tensor | None = None,
         budget: float | None = None,
         budget_mode: str = "threshold",
         prefill: str | None = None,
@@ -233,7 +243,8 @@ class Engine:
                 greedy.
             seed: of the first prompt, the next one counts on from it; or one a prompt.
             stop: texts or token ids that end an answer.
-            skip_plan: replaces the routers' decisions: one plan, or one a prompt.
+            skip_plan: replaces the routers' decisions: one plan, one a prompt, or a keep mask
+                bool [L] or [B, L].
             budget: asked skip rate. "threshold": calibrated thresholds, right on average; "exact":
                 the same number of layers for every prompt.
             budget_mode: "threshold" or "exact".
@@ -272,6 +283,9 @@ class Engine:
         Args:
             prompt: one text, chat or list of ids.
             **options: those of `generate`, but for `details`.
+
+        Raises:
+            TypeError, ValueError: as `generate`, at once; TypeError also for several prompts.
         """
         check_options("stream", options)
         call = self.prepare(prompt, as_text=True, **options)
@@ -286,7 +300,12 @@ class Engine:
 
         Args:
             messages: what was said before, for example a system message.
-            **options: of every turn, those of `generate`.
+            **options: of every turn, those of `generate` but for `details`. Their names are checked
+                here, their values with the first turn.
+
+        Raises:
+            TypeError: no chat messages, or an option that no call takes.
+            ValueError: an engine without a tokenizer.
         """
         require_tokenizer(self.tokenizer)
         return Chat(self, messages, options)
@@ -297,19 +316,21 @@ class Engine:
         *,
         budget: float | None = None,
         budget_mode: str = "threshold",
-        skip_plan: SkipPlan | Sequence[SkipPlan] | None = None,
+        skip_plan: SkipPlan | Sequence[SkipPlan] | torch.Tensor | None = None,
         prefill: str | None = None,
         raw: bool = False,
     ) -> RoutingOutput:
         """The plans of some prompts, without decoding; arguments as in `generate`.
 
         Returns:
-            `skip_plans`, one a prompt (in a list also for a single one), and `keep_prob` [B, L];
-            ones where there are no routers to ask.
+            `skip_plans`, one a prompt (in a list also for a single one), and `keep_prob` f32
+            [B, L]; ones where there are no routers to ask.
+
+        Raises:
+            TypeError, ValueError: as `generate`.
         """
         rows = Prompts.of(prompts).encode(self.tokenizer, raw)
-        choice = PlanChoice(skip_plan, budget, budget_mode, prefill)
-        choice.check(self.core, len(rows))
+        choice = PlanChoice.of(self.core, len(rows), skip_plan, budget, budget_mode, prefill)
         check_rows(self.config, rows, room=0)
         stats = EngineStats(prompts=len(rows), prompt_tokens=sum(map(len, rows)))
         keep, keep_prob = known_plans(self.core, len(rows), choice)
@@ -327,7 +348,7 @@ class Engine:
         prompts: Any,
         continuations: Any,
         *,
-        skip_plan: SkipPlan | Sequence[SkipPlan] | None = None,
+        skip_plan: SkipPlan | Sequence[SkipPlan] | torch.Tensor | None = None,
         budget: float | None = None,
         budget_mode: str = "threshold",
         prefill: str | None = None,
@@ -371,8 +392,7 @@ class Engine:
         if after.kind == "text":
             tokenizer = require_tokenizer(self.tokenizer)
             continued = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in continued]
-        choice = PlanChoice(skip_plan, budget, budget_mode, prefill)
-        choice.check(self.core, len(rows))
+        choice = PlanChoice.of(self.core, len(rows), skip_plan, budget, budget_mode, prefill)
         check_rows(self.config, rows, room=0)
         whole = [row + more for row, more in zip(rows, continued, strict=True)]
         check_rows(self.config, whole, room=-1, what="prompt and continuation")

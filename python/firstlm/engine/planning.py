@@ -24,44 +24,61 @@ from firstlm.skip_plan import (
     exact_budget_mask,
     exactly_dropped,
     keep_mask_of,
+    mask_to_plans,
     plans_to_mask,
 )
 
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """How the plans of a call are found.
+    """How the plans of a call are found; made by `of`.
 
     Attributes:
-        skip_plan: one, or one a prompt; replaces the routers.
+        skip_plans: one a prompt, which replace the routers; None: these decide.
         budget, budget_mode: asked skip rate; see `Engine.generate`.
         prefill: "route" or "full"; None: as the routers were trained.
     """
 
-    skip_plan: SkipPlan | Sequence[SkipPlan] | None = None
+    skip_plans: list[SkipPlan] | None = None
     budget: float | None = None
     budget_mode: str = "threshold"
     prefill: str | None = None
 
-    def of_row(self, row: int) -> PlanChoice:
-        """The choice of one of the prompts alone."""
-        if self.skip_plan is None or isinstance(self.skip_plan, SkipPlan):
-            return self
-        return dataclasses.replace(self, skip_plan=self.skip_plan[row])
+    @classmethod
+    def of(
+        cls,
+        core: DecoderCore,
+        num_prompts: int,
+        skip_plan: SkipPlan | Sequence[SkipPlan] | torch.Tensor | None = None,
+        budget: float | None = None,
+        budget_mode: str = "threshold",
+        prefill: str | None = None,
+    ) -> PlanChoice:
+        """What the arguments of `Engine.generate` ask of this decoder.
 
-    def check(self, core: DecoderCore, num_prompts: int) -> None:
-        """Raises ValueError or TypeError for a choice that this decoder cannot follow."""
-        check_plan_choice(self.skip_plan, self.budget, self.budget_mode)
-        if self.prefill is not None and self.prefill not in PREFILLS:
-            raise ValueError(f"prefill must be one of {PREFILLS}, got {self.prefill!r}")
-        if self.budget is not None and core.routers is None:
+        Raises:
+            TypeError, ValueError: a choice that it cannot follow.
+        """
+        check_plan_choice(skip_plan, budget, budget_mode)
+        if prefill is not None and prefill not in PREFILLS:
+            raise ValueError(f"prefill must be one of {PREFILLS}, got {prefill!r}")
+        if budget is not None and core.routers is None:
             raise ValueError("a budget needs routers, and this model has none: give skip_plan")
-        if self.budget is not None and self.budget_mode == "exact":
-            exactly_dropped(core.num_layers, self.budget, core.routers.config.protected)
-        if self.skip_plan is not None:
-            mask = plans_to_mask(self.skip_plan, num_prompts, core.num_layers)
+        if budget is not None and budget_mode == "exact":
+            exactly_dropped(core.num_layers, budget, core.routers.config.protected)
+        skip_plans = None
+        if skip_plan is not None:
+            mask = plans_to_mask(skip_plan, num_prompts, core.num_layers)
             if core.routers is not None:
                 check_protected(mask, core.routers.config.protected)
+            skip_plans = mask_to_plans(mask)
+        return cls(skip_plans, budget, budget_mode, prefill)
+
+    def of_row(self, row: int) -> PlanChoice:
+        """The choice of one of the prompts alone."""
+        if self.skip_plans is None:
+            return self
+        return dataclasses.replace(self, skip_plans=[self.skip_plans[row]])
 
     def prefill_of(self, core: DecoderCore) -> str:
         """The prefill of this call."""
@@ -96,7 +113,7 @@ def prefill_prompts(
     """Reads prompts, each under a plan of its own.
 
     Args:
-        choice: checked.
+        choice: of plans.
         store: where sequences of earlier calls are, for plans that are known before the pass.
     """
     prefill = choice.prefill_of(core)
@@ -127,8 +144,8 @@ def known_plans(
     core: DecoderCore, num_prompts: int, choice: PlanChoice
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(keep [B, L], keep_prob [B, L]) where they do not depend on the prompts, else None."""
-    if choice.skip_plan is not None:
-        return plans_to_mask(choice.skip_plan, num_prompts, core.num_layers), None
+    if choice.skip_plans is not None:
+        return plans_to_mask(choice.skip_plans, num_prompts, core.num_layers), None
     routers = core.routers
     if routers is None:
         return torch.ones(num_prompts, core.num_layers, dtype=torch.bool), None
