@@ -7,7 +7,7 @@
 namespace firstlm {
 namespace {
 
-constexpr int64_t kMaxGroup = 64;
+constexpr int64_t kGroup = 64;  // inputs that are converted at once: the greatest group_size
 constexpr float kGreatestFloat16 = 65504;
 constexpr float kRoundingShift = 0x1.8p23f;  // added, it rounds small numbers to integers
 
@@ -47,88 +47,147 @@ Range find_range(const float* x, int64_t n) {
   return {*std::min_element(min, min + kChains), *std::max_element(max, max + kChains)};
 }
 
-// The places of one output of a panel.
+// The places of one output of a panel: Byte is std::byte, const to be read.
+template <class Byte>
 struct PanelRow {
-  std::byte* panel;
+  Byte* panel;
   int64_t first_line;  // bytes of the scales
   int64_t row;
 
-  void set_scale(int64_t index, Float16 scale) const {
-    std::memcpy(panel + (index * kPanelRows + row) * 2, &scale, 2);
-  }
+  Byte* scale(int64_t index) const { return panel + (index * kPanelRows + row) * 2; }
+  Byte* word(int64_t line) const { return panel + first_line + line * kLineBytes + row * 4; }
+
+  void set_scale(int64_t index, Float16 value) const { std::memcpy(scale(index), &value, 2); }
   void set_word(int64_t line, const void* four_bytes) const {
-    std::memcpy(panel + first_line + line * kLineBytes + row * 4, four_bytes, 4);
+    std::memcpy(word(line), four_bytes, 4);
+  }
+  float get_scale(int64_t index) const {
+    Float16 value;
+    std::memcpy(&value, scale(index), 2);
+    return widen(value);
+  }
+  void get_word(int64_t line, void* four_bytes) const { std::memcpy(four_bytes, word(line), 4); }
+};
+using To = PanelRow<std::byte>;
+using From = PanelRow<const std::byte>;
+
+// A code packs group g of a row, x [kGroup] of which n are weights and the others zeros, and gives
+// back all of it.
+
+struct Float32Code {
+  static constexpr int64_t kGroup = firstlm::kGroup;
+
+  static void pack(const float* x, int64_t n, int64_t g, const To& to) {
+    for (int64_t i = 0; i < n; ++i) to.set_word(g * kGroup + i, x + i);
+  }
+  static void unpack(const From& from, int64_t n, int64_t g, float* x) {
+    for (int64_t i = 0; i < n; ++i) from.get_word(g * kGroup + i, x + i);
   }
 };
 
-// x [n], padded with values that are packed as zeros: group g of a row.
-void pack_int8_group(const float* x, int64_t n, int64_t g, const PanelRow& to) {
-  constexpr int64_t kGroup = group_size(Precision::kInt8);
-  const Range range = find_range(x, n);
-  const Float16 scale = to_step(std::max(-range.min, range.max), 127);
-  const float inverse = scale.bits == 0 ? 0 : 1 / widen(scale);
-  int8_t values[kGroup];
-  for (int64_t i = 0; i < kGroup; ++i) {
-    float q = x[i] * inverse;
-    q = q < 127.0f ? q : 127.0f;
-    q = q > -127.0f ? q : -127.0f;
-    values[i] = static_cast<int8_t>(static_cast<int>((q + kRoundingShift) - kRoundingShift));
-  }
-  to.set_scale(g, scale);
-  for (int64_t i = 0; i < kGroup / 4; ++i) to.set_word(g * (kGroup / 4) + i, values + 4 * i);
-}
+struct BFloat16Code {
+  static constexpr int64_t kGroup = firstlm::kGroup;
 
-void pack_int4_group(const float* x, int64_t n, int64_t g, const PanelRow& to) {
-  constexpr int64_t kGroup = group_size(Precision::kInt4);
-  const Range range = find_range(x, n);
-  const Float16 minimum = to_float16(range.min);
-  const Float16 step = to_step(std::max(0.0f, range.max - widen(minimum)), 15);
-  const float offset = widen(minimum), inverse = step.bits == 0 ? 0 : 1 / widen(step);
-  uint8_t values[kGroup];
-  for (int64_t i = 0; i < kGroup; ++i) {
-    float q = (x[i] - offset) * inverse + 0.5f;
-    q = q < 15.0f ? q : 15.0f;
-    q = q > 0.0f ? q : 0.0f;
-    values[i] = static_cast<uint8_t>(static_cast<int>(q));
+  static void pack(const float* x, int64_t n, int64_t g, const To& to) {
+    for (int64_t i = 0; i < n; i += 2) {
+      BFloat16 pair[2];
+      for (int j = 0; j < 2; ++j) narrow(x[i + j], pair + j);
+      to.set_word((g * kGroup + i) / 2, pair);
+    }
   }
-  to.set_scale(2 * g, step);
-  to.set_scale(2 * g + 1, minimum);
-  for (int64_t i = 0; i < kGroup / 8; ++i) {
-    uint8_t word[4];
-    for (int j = 0; j < 4; ++j) word[j] = values[8 * i + j] | values[8 * i + 4 + j] << 4;
-    to.set_word(g * (kGroup / 8) + i, word);
+  static void unpack(const From& from, int64_t n, int64_t g, float* x) {
+    for (int64_t i = 0; i < n; i += 2) {
+      BFloat16 pair[2];
+      from.get_word((g * kGroup + i) / 2, pair);
+      for (int j = 0; j < 2; ++j) x[i + j] = widen(pair[j]);
+    }
   }
-}
+};
 
-// Some consecutive inputs, the group of an integer precision or any others: x [n].
-void pack_group(Precision precision, const float* x, int64_t n, int64_t g, const PanelRow& to) {
+struct Int8Code {
+  static constexpr int64_t kGroup = group_size(Precision::kInt8);
+
+  static void pack(const float* x, int64_t n, int64_t g, const To& to) {
+    const Range range = find_range(x, n);
+    const Float16 scale = to_step(std::max(-range.min, range.max), 127);
+    const float inverse = scale.bits == 0 ? 0 : 1 / widen(scale);
+    int8_t values[kGroup];
+    for (int64_t i = 0; i < kGroup; ++i) {
+      float q = x[i] * inverse;
+      q = q < 127.0f ? q : 127.0f;
+      q = q > -127.0f ? q : -127.0f;
+      values[i] = static_cast<int8_t>(static_cast<int>((q + kRoundingShift) - kRoundingShift));
+    }
+    to.set_scale(g, scale);
+    for (int64_t i = 0; i < kGroup; i += 4) to.set_word((g * kGroup + i) / 4, values + i);
+  }
+  static void unpack(const From& from, int64_t, int64_t g, float* x) {
+    const float scale = from.get_scale(g);
+    for (int64_t i = 0; i < kGroup; i += 4) {
+      int8_t word[4];
+      from.get_word((g * kGroup + i) / 4, word);
+      for (int j = 0; j < 4; ++j) x[i + j] = scale * word[j];
+    }
+  }
+};
+
+struct Int4Code {
+  static constexpr int64_t kGroup = group_size(Precision::kInt4);
+
+  static void pack(const float* x, int64_t n, int64_t g, const To& to) {
+    const Range range = find_range(x, n);
+    const Float16 minimum = to_float16(range.min);
+    const Float16 step = to_step(std::max(0.0f, range.max - widen(minimum)), 15);
+    const float offset = widen(minimum), inverse = step.bits == 0 ? 0 : 1 / widen(step);
+    uint8_t values[kGroup];
+    for (int64_t i = 0; i < kGroup; ++i) {
+      float q = (x[i] - offset) * inverse + 0.5f;
+      q = q < 15.0f ? q : 15.0f;
+      q = q > 0.0f ? q : 0.0f;
+      values[i] = static_cast<uint8_t>(static_cast<int>(q));
+    }
+    to.set_scale(2 * g, step);
+    to.set_scale(2 * g + 1, minimum);
+    for (int64_t i = 0; i < kGroup; i += 8) {
+      uint8_t word[4];
+      for (int j = 0; j < 4; ++j) word[j] = values[i + j] | values[i + 4 + j] << 4;
+      to.set_word((g * kGroup + i) / 8, word);
+    }
+  }
+  static void unpack(const From& from, int64_t, int64_t g, float* x) {
+    const float step = from.get_scale(2 * g), minimum = from.get_scale(2 * g + 1);
+    for (int64_t i = 0; i < kGroup; i += 8) {
+      uint8_t word[4];
+      from.get_word((g * kGroup + i) / 8, word);
+      for (int j = 0; j < 8; ++j) {
+        x[i + j] = step * static_cast<float>(j < 4 ? word[j] & 15 : word[j - 4] >> 4) + minimum;
+      }
+    }
+  }
+};
+
+template <class Function>
+void with_code(Precision precision, Function&& function) {
   switch (precision) {
     case Precision::kFloat32:
-      for (int64_t i = 0; i < n; ++i) to.set_word(g * kMaxGroup + i, x + i);
-      return;
+      return function(Float32Code{});
     case Precision::kBFloat16:
-      for (int64_t i = 0; i < n; i += 2) {
-        BFloat16 pair[2];
-        for (int j = 0; j < 2; ++j) narrow(x[i + j], pair + j);
-        to.set_word((g * kMaxGroup + i) / 2, pair);
-      }
-      return;
+      return function(BFloat16Code{});
     case Precision::kInt8:
-      return pack_int8_group(x, n, g, to);
+      return function(Int8Code{});
     case Precision::kInt4:
-      return pack_int4_group(x, n, g, to);
+      return function(Int4Code{});
   }
 }
 
-template <class T>
-void pack_row(const PackedMatrix& shape, const T* weights, const PanelRow& to) {
-  const int64_t group = group_size(shape.precision) == 1 ? kMaxGroup : group_size(shape.precision);
-  for (int64_t g = 0; g * group < shape.K; ++g) {
-    const int64_t n = std::min(group, shape.K - g * group);
-    float x[kMaxGroup];
-    if (n < kMaxGroup) std::fill(x + n, x + kMaxGroup, 0.0f);
-    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(widen(weights[g * group + i]));
-    pack_group(shape.precision, x, n, g, to);
+template <class Code, class T>
+void pack_row(const T* weights, int64_t K, const To& to) {
+  for (int64_t g = 0; g * Code::kGroup < K; ++g) {
+    const int64_t n = std::min(Code::kGroup, K - g * Code::kGroup);
+    float x[kGroup];
+    if (n < kGroup) std::fill(x + n, x + kGroup, 0.0f);
+    for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(widen(weights[g * Code::kGroup + i]));
+    Code::pack(x, n, g, to);
   }
 }
 
@@ -136,56 +195,38 @@ void pack_row(const PackedMatrix& shape, const T* weights, const PanelRow& to) {
 
 void pack_panels(const PackedMatrix& shape, DType dtype, const void* weights, int64_t stride_N,
                  int64_t first, int64_t last, std::byte* to) {
-  with_element_type(dtype, [&](auto element) {
-    const auto* rows = static_cast<const decltype(element)*>(weights);
+  const int64_t scales = scale_bytes(shape.precision, shape.K);
+  const auto pack = [&](auto code, const auto* rows) {
     for (int64_t p = first; p < last; ++p) {
       std::byte* panel = to + p * shape.panel_bytes();
       const int64_t count = std::min(kPanelRows, shape.N - p * kPanelRows);
-      const int64_t lines = scale_bytes(shape.precision, shape.K);
       // What belongs to no weight: rows beyond N, the padding of the scales.
       if (count < kPanelRows) std::memset(panel, 0, shape.panel_bytes());
-      if (lines > 0) std::memset(panel + lines - kLineBytes, 0, kLineBytes);
+      if (scales > 0) std::memset(panel + scales - kLineBytes, 0, kLineBytes);
       for (int64_t row = 0; row < count; ++row) {
-        pack_row(shape, rows + (p * kPanelRows + row) * stride_N, {panel, lines, row});
+        pack_row<decltype(code)>(rows + (p * kPanelRows + row) * stride_N, shape.K,
+                                 {panel, scales, row});
       }
     }
+  };
+  with_element_type(dtype, [&](auto element) {
+    with_code(shape.precision,
+              [&](auto code) { pack(code, static_cast<const decltype(element)*>(weights)); });
   });
 }
 
 void unpack_row(const PackedMatrix& matrix, int64_t n, float* to) {
-  const std::byte* panel = matrix.data + n / kPanelRows * matrix.panel_bytes();
-  const int64_t row = n % kPanelRows;
-  const std::byte* words = panel + scale_bytes(matrix.precision, matrix.K) + row * 4;
-  const auto scale = [&](int64_t index) {
-    Float16 half;
-    std::memcpy(&half, panel + (index * kPanelRows + row) * 2, 2);
-    return widen(half);
-  };
-  const int64_t per_line = inputs_per_line(matrix.precision);
-  const int64_t group = group_size(matrix.precision);
-  for (int64_t k = 0; k < matrix.K; ++k) {
-    const std::byte* word = words + k / per_line * kLineBytes;
-    const int64_t i = k % per_line, g = k / group;
-    switch (matrix.precision) {
-      case Precision::kFloat32:
-        std::memcpy(to + k, word, 4);
-        break;
-      case Precision::kBFloat16: {
-        BFloat16 half;
-        std::memcpy(&half, word + 2 * i, 2);
-        to[k] = widen(half);
-        break;
-      }
-      case Precision::kInt8:
-        to[k] = scale(g) * static_cast<float>(static_cast<int8_t>(word[i]));
-        break;
-      case Precision::kInt4: {
-        const int byte = static_cast<int>(word[i % 4]);
-        to[k] = scale(2 * g) * static_cast<float>(i < 4 ? byte & 15 : byte >> 4) + scale(2 * g + 1);
-        break;
-      }
+  const From from{matrix.data + n / kPanelRows * matrix.panel_bytes(),
+                  scale_bytes(matrix.precision, matrix.K), n % kPanelRows};
+  with_code(matrix.precision, [&](auto code) {
+    constexpr int64_t kCodeGroup = decltype(code)::kGroup;
+    for (int64_t g = 0; g * kCodeGroup < matrix.K; ++g) {
+      const int64_t count = std::min(kCodeGroup, matrix.K - g * kCodeGroup);
+      float x[kGroup];
+      code.unpack(from, count, g, x);
+      std::copy_n(x, count, to + g * kCodeGroup);
     }
-  }
+  });
 }
 
 }  // namespace firstlm
