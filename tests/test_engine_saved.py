@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,15 @@ def test_a_saved_engine_is_the_same_engine(llama_engine, tmp_path):
         loaded.save(tmp_path / "other")
     with pytest.raises(ValueError, match="is a file; choose a folder"):
         loaded.save(tmp_path / "other" / "thesis.tex")
+
+
+def test_a_loaded_engine_outlives_its_folder(llama_engine, tmp_path):
+    wanted = llama_engine.generate(ROWS, max_new_tokens=NEW)
+    llama_engine.save(tmp_path / "engine")
+    loaded, other = (Engine.load(tmp_path / "engine", num_threads=1) for _ in range(2))
+    shutil.rmtree(tmp_path / "engine")
+    other._block.data.zero_()  # its own memory, not the file's
+    assert loaded.generate(ROWS, max_new_tokens=NEW) == wanted
 
 
 def damage_weights(folder):

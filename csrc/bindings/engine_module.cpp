@@ -168,7 +168,6 @@ void add_engine(py::module_& m) {
   m.def(
       "check_sampling", [](const py::dict& settings) { sampling_settings(settings); },
       py::arg("settings"));
-  m.def("empty_aligned", empty_aligned, py::arg("nbytes"));
   m.def("packed_bytes", packed_bytes, py::arg("precision"), py::arg("N"), py::arg("K"));
   m.def("pack", pack, ReleaseGil(), py::arg("weights"), py::arg("precision"),
         py::arg("num_threads"), py::arg("out") = py::none());
@@ -176,8 +175,6 @@ void add_engine(py::module_& m) {
         py::arg("B"));
   m.def("unpack", unpack, ReleaseGil(), py::arg("packed"), py::arg("precision"), py::arg("N"),
         py::arg("K"));
-  m.def("read_into", read_into, ReleaseGil(), py::arg("path"), py::arg("offset"), py::arg("target"),
-        py::arg("num_threads"));
   m.def("probabilities", probabilities, py::arg("logits"), py::arg("settings"), py::arg("seen"));
 
   py::class_<Sequence, SequencePtr>(m, "Sequence")

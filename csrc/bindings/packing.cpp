@@ -1,16 +1,8 @@
 #include "packing.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cerrno>
-#include <cstring>
-#include <system_error>
+#include <stdexcept>
 
 #include "../team.h"
 #include "checks.h"
@@ -21,7 +13,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kHugePage = 2 << 20;
 
 PackedMatrix shape_of(Precision precision, int64_t N, int64_t K) {
   TORCH_CHECK_VALUE(N > 0 && K > 0, "a matrix is [", N, ", ", K, "]; expected positive sizes");
@@ -49,22 +40,6 @@ Precision parse_precision(const std::string& name) {
                     "'; expected 'float32', 'bfloat16', 'int8' or 'int4'");
 }
 
-Tensor empty_aligned(int64_t nbytes) {
-  TORCH_CHECK_VALUE(nbytes >= 0, "nbytes is ", nbytes, "; expected 0 or more");
-  if (nbytes == 0) return at::empty({0}, at::kByte);
-  // Memory from mmap begins with a small page: a huge page more leaves room to begin with a huge
-  // one.
-  const int64_t mapped = nbytes + kHugePage;
-  void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (base == MAP_FAILED) throw std::bad_alloc();
-  const auto address = reinterpret_cast<uintptr_t>(base);
-  void* data = reinterpret_cast<void*>((address + kHugePage - 1) / kHugePage * kHugePage);
-#ifdef MADV_HUGEPAGE
-  madvise(data, nbytes, MADV_HUGEPAGE);
-#endif
-  return at::from_blob(data, {nbytes}, [base, mapped](void*) { munmap(base, mapped); }, at::kByte);
-}
-
 int64_t packed_bytes(const std::string& precision, int64_t N, int64_t K) {
   return shape_of(parse_precision(precision), N, K).bytes();
 }
@@ -78,7 +53,7 @@ Tensor pack(const Tensor& weights, const std::string& precision, int num_threads
   const DType dtype = parse_dtype("weights", weights.scalar_type());
   const PackedMatrix shape = shape_of(parse_precision(precision), weights.size(0), weights.size(1));
   const Tensor dense = with_dense_elements(weights);
-  const Tensor packed = out ? *out : empty_aligned(shape.bytes());
+  const Tensor packed = out ? *out : at::empty({shape.bytes()}, at::kByte);
   check_bytes("out", packed, shape.bytes());
   auto* to = static_cast<std::byte*>(packed.mutable_data_ptr());
   Team(num_threads).run([&](Share share) {
@@ -112,7 +87,7 @@ Tensor pack_columns(const Tensor& B) {
   const Tensor dense = B.contiguous();
   const auto* values = dense.const_data_ptr<float>();
   const int64_t N = B.size(0), R = B.size(1);
-  Tensor packed = empty_aligned(packed_columns_bytes(values, N, R));
+  Tensor packed = at::empty({packed_columns_bytes(values, N, R)}, at::kByte);
   firstlm::pack_columns(values, N, R, static_cast<std::byte*>(packed.mutable_data_ptr()));
   return packed;
 }
@@ -134,32 +109,6 @@ LowRank packed_low_rank(const std::string& name, const Tensor& A, const Tensor& 
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, name, ".lora_B ", error.what());
   }
-}
-
-void read_into(const std::string& path, int64_t offset, const Tensor& target, int num_threads) {
-  TORCH_CHECK_VALUE(target.device().is_cpu() && target.is_contiguous(),
-                    "target must be contiguous and on the CPU");
-  TORCH_CHECK_VALUE(offset >= 0, "offset is ", offset, "; expected 0 or more");
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file < 0) throw std::system_error(errno, std::generic_category(), path);
-  const auto nbytes = static_cast<int64_t>(target.nbytes());
-  auto* to = static_cast<char*>(target.mutable_data_ptr());
-  std::atomic<int> failure = 0;
-  std::atomic<bool> ended = false;
-  Team(num_threads).run([&](Share share) {
-    auto [at, last] = share.of(nbytes);
-    while (at < last && failure == 0) {
-      const ssize_t got = pread(file, to + at, last - at, offset + at);
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) failure = errno;
-      if (got == 0) ended = true;
-      if (got <= 0) return;
-      at += got;
-    }
-  });
-  close(file);
-  if (failure != 0) throw std::system_error(failure, std::generic_category(), path);
-  TORCH_CHECK_VALUE(!ended, path, " ends before byte ", offset + nbytes);
 }
 
 }  // namespace firstlm

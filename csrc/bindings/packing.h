@@ -15,10 +15,6 @@ namespace firstlm {
 // "float32", "bfloat16", "int8" or "int4"; ValueError for any other name.
 Precision parse_precision(const std::string& name);
 
-// uint8 [nbytes] that begins with a page, on huge pages where the system gives them. Not
-// initialised.
-at::Tensor empty_aligned(int64_t nbytes);
-
 int64_t packed_bytes(const std::string& precision, int64_t N, int64_t K);
 
 // weights [N, K] (f32, bf16, f16 or f64; elements of a row contiguous) -> uint8 [packed bytes], in
@@ -41,9 +37,5 @@ PackedMatrix packed_matrix(const std::string& name, const at::Tensor& packed, Pr
 // as bfloat16, R a multiple of 16; B of pack_columns. Errors as packed_matrix.
 LowRank packed_low_rank(const std::string& name, const at::Tensor& A, const at::Tensor& B,
                         const PackedMatrix& beside);
-
-// Bytes [offset, offset + target.nbytes()) of a file -> target, read by several threads. OSError
-// with the system's word; ValueError if the file ends before.
-void read_into(const std::string& path, int64_t offset, const at::Tensor& target, int num_threads);
 
 }  // namespace firstlm

@@ -21,13 +21,11 @@ Decoding = _native.Decoding
 Sequence = _native.Sequence
 SkipCacheStorage = _native.SkipCacheStorage
 check_sampling = _native.check_sampling
-empty_aligned = _native.empty_aligned
 pack = _native.pack
 pack_columns = _native.pack_columns
 packed_bytes = _native.packed_bytes
 probabilities = _native.probabilities
 read_all = _native.read_all
-read_into = _native.read_into
 unpack = _native.unpack
 LIBRARY = Path(_native.__file__)
 
@@ -39,12 +37,10 @@ __all__ = [
     "Sequence",
     "SkipCacheStorage",
     "check_sampling",
-    "empty_aligned",
     "pack",
     "pack_columns",
     "packed_bytes",
     "probabilities",
     "read_all",
-    "read_into",
     "unpack",
 ]

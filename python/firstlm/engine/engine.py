@@ -155,7 +155,7 @@ class Engine:
     @classmethod
     def load(cls, folder: str | os.PathLike[str], num_threads: int | None = None) -> Engine:
         """The engine that `save` wrote. Raises ValueError if there is none, or a damaged one."""
-        return cls(saved.load(Path(folder), _threads(num_threads)), num_threads)
+        return cls(saved.load(Path(folder)), num_threads)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes packed weights, routers and tokenizer; `load` needs nothing else.

@@ -66,7 +66,7 @@ def packed_parts(
     """The parts of an engine; arguments as in `Engine.from_pretrained`."""
     form = Form.of(precision, head_precision, lora)
     if (Path(source) / saved.CONFIG_NAME).is_file():
-        return _load_saved(Path(source), precision, head_precision, lora, num_threads)
+        return _load_saved(Path(source), precision, head_precision, lora)
     folders = source_folders(source) if not options else []
     key = source_key(folders) if folders else None
     if key is None or not cache:
@@ -75,7 +75,7 @@ def packed_parts(
     folder = saved.cache_folder(form.precision, form.head_precision, apart, key)
     if folder.exists():
         try:
-            return saved.load(folder, num_threads)
+            return saved.load(folder)
         except (ValueError, OSError) as error:
             logger.warning("%s: packing the weights again", error)
     parts = _pack(source, form, num_threads, progress, options, key)
@@ -165,10 +165,10 @@ def _load_model(source: str | os.PathLike[str], lora: str, options: dict[str, An
 
 
 def _load_saved(
-    folder: Path, precision: str | None, head_precision: str | None, lora: str, num_threads: int
+    folder: Path, precision: str | None, head_precision: str | None, lora: str
 ) -> SavedEngine:
     """A saved engine, unless something else was asked for."""
-    parts = saved.load(folder, num_threads)
+    parts = saved.load(folder)
     has_adapter = any(name.endswith(".lora_A") for name in parts.block.tensors)
     own = {
         "precision": parts.config.decoder["precision"],

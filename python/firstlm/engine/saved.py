@@ -83,7 +83,7 @@ def save(engine: SavedEngine, folder: Path) -> None:
         write_json(staging / CONFIG_NAME, dataclasses.asdict(sealed))
 
 
-def load(folder: Path, num_threads: int) -> SavedEngine:
+def load(folder: Path) -> SavedEngine:
     """Reads what `save` wrote.
 
     Raises:
@@ -106,7 +106,7 @@ def load(folder: Path, num_threads: int) -> SavedEngine:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file() or fingerprint(weights) != config.weights_fingerprint:
         raise ValueError(f"{weights} is damaged: it is not the file that was written")
-    return SavedEngine(config, TensorBlock.load(weights, num_threads), EngineTokenizer.load(folder))
+    return SavedEngine(config, TensorBlock.load(weights), EngineTokenizer.load(folder))
 
 
 def cache_folder(precision: str, head_precision: str, apart: bool, key: str) -> Path:

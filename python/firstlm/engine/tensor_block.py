@@ -4,7 +4,8 @@
     block: tensors one after the other, those of whole 64-byte lines first, so that each of them
            begins with a line
 
-So a load is one read, by several threads, into memory on huge pages.
+So a load maps the file: what is read for the first token is read then, engines of one file share
+its pages, and the system takes them back where memory is short.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from firstlm import native
 
 _LINE = 64
 _NAMES = {torch.uint8: "U8", torch.float32: "F32"}
@@ -42,7 +41,7 @@ class TensorBlock:
     def allocate(cls, specs: Mapping[str, Spec]) -> TensorBlock:
         """Room for tensors of these types and shapes, not initialised."""
         order = sorted(specs, key=lambda name: _nbytes(specs[name]) % _LINE != 0)
-        data = native.empty_aligned(sum(map(_nbytes, specs.values())))
+        data = torch.empty(sum(map(_nbytes, specs.values())), dtype=torch.uint8)
         tensors, offset = {}, 0
         for name in order:
             tensors[name] = _view(data, offset, specs[name])
@@ -66,8 +65,8 @@ class TensorBlock:
             file.write(memoryview(self.data.numpy()))
 
     @classmethod
-    def load(cls, path: Path, num_threads: int) -> TensorBlock:
-        """Reads what `save` wrote.
+    def load(cls, path: Path) -> TensorBlock:
+        """Maps what `save` wrote; the file may be replaced or deleted, but not written to.
 
         Raises:
             ValueError: the file is damaged.
@@ -89,8 +88,9 @@ class TensorBlock:
             raise ValueError(
                 f"{path} is damaged: {path.stat().st_size} bytes instead of {start + end}"
             )
-        data = native.empty_aligned(end)
-        native.read_into(str(path), start, data, num_threads)
+        # Private: what would be written to the tensors stays in this process.
+        whole = torch.from_file(str(path), shared=False, size=start + end, dtype=torch.uint8)
+        data = whole[start:]
         tensors, offset = {}, 0
         for name, spec in specs.items():
             tensors[name] = _view(data, offset, spec)
