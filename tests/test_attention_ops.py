@@ -7,10 +7,7 @@ error of its weight; sums over n slots add eps * (sqrt(n) + c); the output is ro
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import itertools
 
 import pytest
 import torch
@@ -203,11 +200,12 @@ def test_scores_without_bounds(run):
 # --- What torch promises about ops ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
-def test_opcheck(dtype, soft_cap):
-    case = random_case(2, 6, 3, 7, 32, dtype, layout="transposed")
-    torch.library.opcheck(ATTEND, (*case, torch.tensor([0]), torch.tensor([4, 7]), 0.2, soft_cap))
+def op_samples():
+    """(name, op, arguments), see test_ops.py."""
+    for dtype, soft_cap in itertools.product(DTYPES, (0.0, 5.0)):
+        case = random_case(2, 6, 3, 7, 32, dtype, layout="transposed")
+        slots = torch.tensor([0]), torch.tensor([4, 7])
+        yield f"attention-{dtype}-{soft_cap}", ATTEND, (*case, *slots, 0.2, soft_cap)
 
 
 def test_compiles_without_graph_breaks():
@@ -263,21 +261,3 @@ def test_slots_out_of_range_are_an_index_error(begin, end):
     message = rf"row 1 sees slots \[{begin}, {end}\); expected 0 <= begin <= end <= 5"
     with pytest.raises(IndexError, match=message):
         ops.decode_attention(QUERY, KEYS, VALUES, torch.tensor([0, begin]), torch.tensor([5, end]))
-
-
-# --- Instruction sets -----------------------------------------------------------------------------
-
-
-def test_values_on_the_levels_of_this_machine():
-    """The drawn cases again in a process for each level but the one that runs already."""
-    if "FIRSTLM_ISA" in os.environ:
-        pytest.skip("a level is forced already")
-    for isa in ops.isa_levels()[:-1]:
-        answer = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-k", "reference and cpu", __file__],
-            env=os.environ | {"FIRSTLM_ISA": isa},
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-        )
-        assert answer.returncode == 0, answer.stdout

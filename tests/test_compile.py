@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
-from firstlm import SkipPlan
+from firstlm import SkipPlan, ops
 from tiny_models import NUM_LAYERS, pad, prompts, routed_model
 
 LENGTHS = [13, 5, 9, 11]
@@ -101,3 +101,28 @@ def test_gradients_of_a_compiled_pass_are_those_of_the_eager_one(form):
             assert actual is None or not actual.any()
         else:
             torch.testing.assert_close(actual, expected)
+
+
+def test_a_decode_step_over_the_cache_compiles_without_graph_breaks():
+    """Every layer appends and attends; starts and ends are inputs, which one graph serves."""
+
+    def step(caches, query, new, start):
+        for keys, values in caches:
+            ops.kv_append(keys, values, new, 2 * new, start)
+            query = query + ops.decode_attention(
+                query, keys, values, torch.zeros_like(start), start + 1
+            )
+        return query
+
+    fast, graphs = compiled(step)
+    generator = torch.Generator().manual_seed(0)
+    caches = [[torch.zeros(2, 3, 9, 32) for _ in range(4)] for _ in range(2)]
+    pairs = [[(c[0], c[1]), (c[2], c[3])] for c in caches]
+    for t in range(4):
+        query, new = torch.randn(2, 6, 32, generator=generator), torch.randn(2, 3, 1, 32)
+        start = torch.tensor([t, 2 * t])
+        expected = step(pairs[0], query, new, start)
+        torch.testing.assert_close(fast(pairs[1], query, new, start), expected)
+    assert len(graphs) == 1
+    assert calls(graphs[0], "kv_append") == calls(graphs[0], "decode_attention") == 2
+    torch.testing.assert_close(caches[1], caches[0])

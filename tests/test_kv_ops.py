@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -93,12 +95,12 @@ def test_long_appends_do_not_depend_on_threads(layout):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_opcheck(dtype, rows):
-    new = torch.randn(2, 3, 2, 5).to(dtype), torch.randn(2, 3, 2, 7).to(dtype)
-    args = *storages(2, 3, 4, 5, 7, dtype), *new, torch.arange(rows)
-    torch.library.opcheck(APPEND, args)
+def op_samples():
+    """(name, op, arguments), see test_ops.py."""
+    for dtype, rows in itertools.product(DTYPES, (1, 2)):
+        new = torch.randn(2, 3, 2, 5).to(dtype), torch.randn(2, 3, 2, 7).to(dtype)
+        arguments = *storages(2, 3, 4, 5, 7, dtype), *new, torch.arange(rows)
+        yield f"append-{dtype}-{rows}", APPEND, arguments
 
 
 def test_compiles_without_graph_breaks():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -432,11 +428,6 @@ def op_samples():
         yield f"head-bottleneck-{dtype}", HEAD, bottleneck
 
 
-@pytest.mark.parametrize("op, args", [pytest.param(*s[1:], id=s[0]) for s in op_samples()])
-def test_opcheck(op, args):
-    torch.library.opcheck(op, args)
-
-
 @pytest.mark.parametrize(
     "op, args", [pytest.param(*s[1:], id=s[0]) for s in op_samples() if "float64" in s[0]]
 )
@@ -536,29 +527,3 @@ WIDE, WIDE_BIAS = torch.zeros(5, 4), torch.zeros(5)
 def test_errors_name_the_value_and_what_is_accepted(run, op, args, error, message):
     with pytest.raises(error, match=message):
         run(op, *args)
-
-
-# --- Instruction sets -----------------------------------------------------------------------------
-
-
-def run_with_isa(isa: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from firstlm import ops; print(ops.isa())"],
-        env=os.environ | {"FIRSTLM_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_firstlm_isa_forces_a_level():
-    assert ops.isa_levels()[0] == "portable"
-    assert run_with_isa("portable").stdout == "portable\n"
-
-
-def test_firstlm_isa_of_another_machine_is_an_error_that_lists_ours():
-    answer = run_with_isa("vax")
-    assert answer.returncode == 1
-    assert (
-        f"FIRSTLM_ISA is 'vax'; this machine and build have {', '.join(ops.isa_levels())}"
-        in answer.stderr
-    )

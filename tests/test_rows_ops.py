@@ -278,11 +278,6 @@ def op_samples():
 samples = [pytest.param(*s[1:], id=s[0]) for s in op_samples()]
 
 
-@pytest.mark.parametrize("op, args", samples)
-def test_opcheck(op, args):
-    torch.library.opcheck(op, args)
-
-
 @pytest.mark.parametrize(
     "op, args",
     [

@@ -1,0 +1,96 @@
+"""What holds for every op: torch's own checks, every instruction set, CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import test_attention_ops
+import test_kv_ops
+import test_router_ops
+import test_rows_ops
+from firstlm import ops
+from op_cases import to_gpu
+
+FILES = [test_router_ops, test_rows_ops, test_kv_ops, test_attention_ops]
+SAMPLES = [sample for file in FILES for sample in file.op_samples()]
+every_sample = pytest.mark.parametrize(
+    "op, args", [pytest.param(*sample[1:], id=sample[0]) for sample in SAMPLES]
+)
+
+
+def test_every_op_has_samples():
+    declared = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("firstlm::")
+        and any("Tensor" in str(a.type) for a in schema.arguments)
+    }
+    assert declared == {op._schema.name for _, op, _ in SAMPLES} and declared
+
+
+@every_sample
+def test_opcheck(op, args):
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_capture_every_op():
+    """None synchronises, or takes memory that is not the graph's."""
+
+    def moved(args) -> list:
+        return [to_gpu(a.detach().clone()) if isinstance(a, Tensor) else a for a in args]
+
+    for name, op, args in SAMPLES:
+        eager, captured, graph = moved(args), moved(args), torch.cuda.CUDAGraph()
+        expected = op(*eager)
+        with torch.cuda.graph(graph):
+            found = op(*captured)
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close((found, captured), (expected, eager), msg=name)
+
+
+# --- Instruction sets -----------------------------------------------------------------------------
+
+
+def run_with_isa(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"FIRSTLM_ISA": isa},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+PRINT = ("-c", "from firstlm import ops; print(ops.isa())")
+
+
+def test_firstlm_isa_forces_a_level():
+    assert ops.isa_levels()[0] == "portable"
+    assert run_with_isa("portable", *PRINT).stdout == "portable\n"
+
+
+def test_firstlm_isa_of_another_machine_is_an_error_that_lists_ours():
+    answer = run_with_isa("vax", *PRINT)
+    assert answer.returncode == 1
+    levels = ", ".join(ops.isa_levels())
+    assert f"FIRSTLM_ISA is 'vax'; this machine and build have {levels}" in answer.stderr
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.__name__)
+def test_the_levels_of_this_machine_agree_with_the_references(file):
+    """The drawn cases again, in a process for each level but the one that runs already."""
+    if "FIRSTLM_ISA" in os.environ:
+        pytest.skip("a level is forced already")
+    for isa in ops.isa_levels()[:-1]:
+        command = "-m", "pytest", "-q", "-k", "reference and cpu", file.__file__
+        answer = run_with_isa(isa, *command)
+        assert answer.returncode == 0, answer.stdout
