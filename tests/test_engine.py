@@ -345,6 +345,7 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused():
         ({"prompts": [[3], []]}, ValueError, "prompt 1 has no tokens"),
         ({"prompts": [[]]}, ValueError, "prompt 0 has no tokens"),
         ({"prompts": 7}, TypeError, "prompts takes"),
+        ({"prompts": b"a"}, TypeError, "prompts takes.*got bytes"),
         ({"prompts": ["a", [1]]}, TypeError, "all of one kind"),
         ({"prompts": [3], "max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"prompts": [3], "temperature": -1.0}, ValueError, "temperature"),
@@ -370,7 +371,12 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused():
         ({"prompts": [3], "budget": 0.5}, ValueError, "calibrate"),
         ({"prompts": [3], "budget": "half"}, TypeError, "budget takes a number, got 'half'"),
         ({"prompts": [3], "budget_mode": "all"}, ValueError, "budget_mode"),
-        ({"prompts": [3], "skip_plan": 3}, TypeError, "skip_plan takes SkipPlan objects, got int"),
+        ({"prompts": [3], "skip_plan": 3}, TypeError, "skip_plan takes SkipPlan objects.*got int"),
+        (
+            {"prompts": [3], "skip_plan": torch.ones(6)},
+            TypeError,
+            "mask must be bool, got",
+        ),
         ({"prompts": [3], "budget": 0.5, "budget_mode": "all"}, ValueError, "budget_mode"),
         ({"prompts": [3], "prefill": "both"}, ValueError, "prefill"),
         ({"prompts": [3], "skip_plan": SkipPlan((0,), 7)}, ValueError, "7 layers"),
@@ -395,6 +401,9 @@ def test_options_that_no_call_takes_are_named_before_a_turn(llama_engine):
         engine.chat(max_tokens=3)
     with pytest.raises(TypeError, match=r"messages takes chat messages.*got 'hello'.*send\(text\)"):
         engine.chat("hello")
+    for wrong in (None, [{"role": "user"}], iter([])):
+        with pytest.raises(TypeError, match="messages takes chat messages"):
+            engine.chat(wrong)
     with pytest.raises(TypeError, match="a turn of a chat takes no 'max_tokens'"):
         engine.chat().send("a", max_tokens=3)
 
@@ -403,11 +412,27 @@ def test_keep_masks_are_plans(llama_engine):
     plans = [SkipPlan((0, layer), NUM_LAYERS) for layer in (1, 2, 3, 4)]
     plans = [SkipPlan((*plan.kept, 5), NUM_LAYERS) for plan in plans]
     masks = torch.stack([plan.to_mask() for plan in plans])
-    for plan, mask in ((plans, masks), (plans[1], masks[1])):
+    for plan, mask in ((plans, masks), (plans[1], masks[1]), (plans, masks.numpy())):
         wanted = llama_engine.generate(ROWS, max_new_tokens=NEW, skip_plan=plan)
         assert llama_engine.generate(ROWS, max_new_tokens=NEW, skip_plan=mask) == wanted
         scores = [llama_engine.score(ROWS, ROWS, skip_plan=each) for each in (plan, mask)]
         assert all(torch.equal(a, b) for a, b in zip(*scores, strict=True))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(llama_engine):
+    options = {
+        "max_new_tokens": np.int64(8),
+        "temperature": np.float32(1),
+        "top_k": torch.tensor(9),
+    }
+    wanted = llama_engine.generate(
+        ROWS[:2], max_new_tokens=8, temperature=1.0, top_k=9, seed=[3, 4], stop=[7]
+    )
+    for seed, stop in ((np.array([3, 4]), np.array([7])), (torch.tensor([3, 4]), [np.int64(7)])):
+        assert llama_engine.generate(ROWS[:2], seed=seed, stop=stop, **options) == wanted
+    exact = {"budget_mode": "exact", "max_new_tokens": 4}
+    wanted = llama_engine.generate(ROWS[0], budget=0.5, **exact)
+    assert llama_engine.generate(ROWS[0], budget=torch.tensor(0.5), **exact) == wanted
 
 
 def test_no_vocabulary_is_larger_than_top_k_may_be(llama_engine):
@@ -427,6 +452,8 @@ def test_one_continuation_is_for_one_prompt(llama_engine):
         llama_engine.score([3], [[4]])
     with pytest.raises(ValueError, match="continuations is a single one and prompts a list"):
         llama_engine.score([[3]], [4])
+    with pytest.raises(TypeError, match=r"continuations takes.*got int"):
+        llama_engine.score([3], 5)
     with pytest.raises(ValueError, match="got 1 for 2"):
         llama_engine.score([[3], [5]], [[4]])
 
@@ -434,6 +461,8 @@ def test_one_continuation_is_for_one_prompt(llama_engine):
 def test_text_needs_a_tokenizer_and_precisions_have_names(llama):
     with pytest.raises(ValueError, match="no tokenizer"):
         engine_of(llama).generate("a b")
+    with pytest.raises(TypeError, match="takes a model in memory, got 'embedded'"):
+        Engine.from_model("embedded")
     with pytest.raises(ValueError, match="precision must be one of"):
         Engine.from_model(llama, precision="int3")
     with pytest.raises(ValueError, match="num_threads"):

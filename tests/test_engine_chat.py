@@ -55,6 +55,18 @@ def test_a_later_turn_keeps_the_plan_and_reads_only_what_is_new(llama, llama_eng
     assert chat.skip_plan == llama_engine.plan([chat.messages[:-1]]).skip_plans[0]
 
 
+def test_a_turns_plan_or_budget_takes_the_place_of_the_conversations(llama_engine):
+    plan = SkipPlan((0, 2, 3), NUM_LAYERS)
+    chat = llama_engine.chat(skip_plan=plan, max_new_tokens=4)
+    chat.send("a")
+    assert chat.skip_plan == plan
+    chat.send("b", budget=0.5, budget_mode="exact")
+    assert len(chat.skip_plan.kept) == NUM_LAYERS // 2
+    chat = llama_engine.chat(budget=0.5, budget_mode="exact", max_new_tokens=4)
+    chat.send("a", skip_plan=plan)
+    assert chat.skip_plan == plan
+
+
 def test_prompts_under_a_known_plan_reuse_what_was_read(llama_engine):
     plan = SkipPlan((0, 2, 3), NUM_LAYERS)
     options = {"skip_plan": plan, "max_new_tokens": NEW, "ignore_eos": True}

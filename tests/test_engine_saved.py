@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import shutil
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 import firstlm
-from firstlm import Engine, SkipPlan
+from firstlm import Engine, RouterConfig, SkipPlan
 from firstlm.engine import saved
 from tiny_engines import NEW, ROWS, adapted, engine_of, hf_tokens, load_counted
 from tiny_models import NUM_LAYERS
@@ -38,6 +40,11 @@ def test_a_saved_engine_is_the_same_engine(llama_engine, tmp_path):
         loaded.save(tmp_path / "other")
     with pytest.raises(ValueError, match="is a file; choose a folder"):
         loaded.save(tmp_path / "other" / "thesis.tex")
+    with pytest.raises(ValueError, match="a saved engine, which takes no router"):
+        Engine.from_pretrained(tmp_path / "engine", router=RouterConfig())
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="use save and load"):
+            copied(loaded)
 
 
 def test_a_loaded_engine_outlives_its_folder(llama_engine, tmp_path):

@@ -10,6 +10,7 @@ import firstlm
 from firstlm import SkipPlan
 from tiny_engines import NEW, ROWS, engine_of
 from tiny_models import NUM_LAYERS
+from tiny_tokenizer import tiny_tokenizer
 
 PLAN = SkipPlan((0, 2, 3), NUM_LAYERS)
 
@@ -66,3 +67,8 @@ def test_the_share_of_the_bandwidth_is_there_once_it_was_measured(llama, monkeyp
     read = (stats.weight_bytes + stats.cache_bytes) / stats.decode_ms * 1e3
     assert stats.bandwidth_share == pytest.approx(read / 2e9)
     assert stats.to_json()["bandwidth_share"] == stats.bandwidth_share
+    engine = engine_of(llama, tokenizer=tiny_tokenizer())
+    engine.measure_bandwidth()
+    chat = engine.chat()
+    chat.send("a b", max_new_tokens=4, ignore_eos=True)
+    assert chat.stats is engine.stats and chat.stats.bandwidth_share > 0

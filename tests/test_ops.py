@@ -35,6 +35,25 @@ def test_every_op_has_samples():
     assert declared == {op._schema.name for _, op, _ in SAMPLES} and declared
 
 
+def copies(args, move=lambda tensor: tensor) -> list:
+    return [move(a.detach().clone()) if isinstance(a, Tensor) else a for a in args]
+
+
+def assert_same(found, args, expected, expected_args) -> None:
+    """Results, and what the ops have written to their arguments."""
+
+    def tensors(values) -> list[Tensor]:
+        return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, Tensor)]
+
+    torch.testing.assert_close(tensors((found, args)), tensors((expected, expected_args)))
+
+
+@every_sample
+def test_an_op_gives_the_same_again(op, args):
+    first, second = copies(args), copies(args)
+    assert_same(op(*first), first, op(*second), second)
+
+
 @every_sample
 def test_opcheck(op, args):
     torch.library.opcheck(op, args)
@@ -43,18 +62,14 @@ def test_opcheck(op, args):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs_capture_every_op():
     """None synchronises, or takes memory that is not the graph's."""
-
-    def moved(args) -> list:
-        return [to_gpu(a.detach().clone()) if isinstance(a, Tensor) else a for a in args]
-
-    for name, op, args in SAMPLES:
-        eager, captured, graph = moved(args), moved(args), torch.cuda.CUDAGraph()
-        expected = op(*eager)
+    for _, op, args in SAMPLES:
+        eager, captured = copies(args, to_gpu), copies(args, to_gpu)
+        expected, graph = op(*eager), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = op(*captured)
         graph.replay()
         torch.cuda.synchronize()
-        torch.testing.assert_close((found, captured), (expected, eager), msg=name)
+        assert_same(found, captured, expected, eager)
 
 
 # --- Instruction sets -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from firstlm import ops
@@ -17,6 +18,7 @@ from firstlm.arguments import number
 KEPT, SKIPPED = "▮", "▯"
 BUDGET_MODES = ("threshold", "exact")
 _FORMAT_VERSION = 1
+_TAKEN = "skip_plan takes SkipPlan objects or a bool keep mask"
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,21 @@ def plans_to_mask(
             no layer.
         TypeError: something that is not a plan.
     """
+    if isinstance(plans, np.ndarray):
+        plans = torch.from_numpy(plans)
     if isinstance(plans, torch.Tensor):
+        if plans.dtype != torch.bool:
+            raise TypeError(f"a keep mask must be bool, got {plans.dtype}")
         mask = plans.detach().to("cpu", torch.bool)
         if mask.ndim == 1:
             mask = mask.expand(batch_size, -1)
     else:
         if not isinstance(plans, (SkipPlan, Iterable)):
-            raise TypeError(f"skip_plan takes SkipPlan objects, got {type(plans).__name__}")
+            raise TypeError(f"{_TAKEN}, got {type(plans).__name__}")
         rows = [plans] * batch_size if isinstance(plans, SkipPlan) else list(plans)
         for plan in rows:
             if not isinstance(plan, SkipPlan):
-                raise TypeError(f"skip_plan takes SkipPlan objects, got {type(plan).__name__}")
+                raise TypeError(f"{_TAKEN}, got {type(plan).__name__}")
             if plan.num_layers != num_layers:
                 raise ValueError(
                     f"a skip plan over {plan.num_layers} layers does not fit a model of "

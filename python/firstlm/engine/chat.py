@@ -38,7 +38,8 @@ class Chat:
         self, engine: Engine, messages: Sequence[dict[str, str]], options: dict[str, Any]
     ) -> None:
         check_options("chat", options)
-        if isinstance(messages, str) or not all(is_message(message) for message in messages):
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if not listed or not all(map(is_message, messages)):
             raise TypeError(
                 "messages takes chat messages [{'role': …, 'content': …}], got "
                 f"{messages!r:.80}: a question goes to send(text)"
@@ -82,11 +83,18 @@ class Chat:
         """
         check_options("a turn of a chat", options)
         messages = [*self.messages, {"role": "user", "content": text}]
-        call = self._engine.prepare(messages, as_text=True, **(self._options | options))
+        call = self._engine.prepare(messages, as_text=True, **self._with_own(options))
         replan = replan or options.get("budget") is not None
         if self._planned is not None and options.get("skip_plan") is not None:
             replan = replan or call.choice.skip_plans != [self.skip_plan]
         return self._stream(messages, call, replan)
+
+    def _with_own(self, options: dict[str, Any]) -> dict[str, Any]:
+        """With the conversation's, but for its plan and budget where the turn has one of them."""
+        own = dict(self._options)
+        if options.get("skip_plan") is not None or options.get("budget") is not None:
+            own = {name: own[name] for name in own if name not in ("skip_plan", "budget")}
+        return own | options
 
     def _stream(
         self, messages: list[dict[str, str]], call: Call, replan: bool
@@ -101,7 +109,8 @@ class Chat:
             self.last = call.generation(0)
         finally:
             steps.close()
-            self.stats = self._engine.stats = call.stats
+            self._engine.ended(call.stats)
+            self.stats = call.stats
             if call.prefilled is not None:
                 keep, keep_prob = call.prefilled.keep, call.prefilled.keep_prob
                 self._planned = keep[0], None if keep_prob is None else keep_prob[0]

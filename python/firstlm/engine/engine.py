@@ -157,6 +157,9 @@ class Engine:
         """The engine that `save` wrote. Raises ValueError if there is none, or a damaged one."""
         return cls(saved.load(Path(folder)), num_threads)
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an Engine is not pickled or copied: use save and load")
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes packed weights, routers and tokenizer; `load` needs nothing else.
 
@@ -337,7 +340,7 @@ class Engine:
         if keep is None and rows:
             found = prefill_prompts(self.core, rows, choice, stats)
             keep, keep_prob = found.keep, found.keep_prob
-        self._ended(stats)
+        self.ended(stats)
         if keep is None:
             return RoutingOutput([], torch.ones(0, self.num_layers))
         scores = torch.ones(keep.shape) if keep_prob is None else keep_prob.clone()
@@ -375,7 +378,7 @@ class Engine:
         """
         asked = Prompts.of(prompts)
         rows = asked.encode(self.tokenizer, raw)
-        after = Prompts.of(continuations)
+        after = Prompts.of(continuations, "continuations")
         if asked.single != after.single:
             one, several = ("prompts", "continuations")[:: 1 if asked.single else -1]
             raise ValueError(
@@ -398,7 +401,7 @@ class Engine:
         check_rows(self.config, whole, room=-1, what="prompt and continuation")
         stats = EngineStats(prompts=len(rows), prompt_tokens=sum(map(len, rows)))
         found = score_rows(self.core, rows, continued, choice, stats)
-        self._ended(stats)
+        self.ended(stats)
         values = found if details else [one.log_probs for one in found]
         return values[0] if asked.single else values
 
@@ -411,7 +414,8 @@ class Engine:
         """A call that has been checked; arguments as in `generate`, see `call.prepare`."""
         return prepare(self.config, self.core, self.tokenizer, prompts, **options)
 
-    def _ended(self, stats: EngineStats) -> None:
+    def ended(self, stats: EngineStats) -> None:
+        """A call has ended, whose figures these are."""
         stats.read_gb_per_s = self.read_gb_per_s
         self.stats = stats
 
@@ -437,7 +441,7 @@ class Engine:
         try:
             yield from run(self.core, call, read, one_by_one)
         finally:
-            self._ended(call.stats)
+            self.ended(call.stats)
             kept = None if known is None else call.kept_sequence()
             if kept is not None and is_reusable(kept.keep, prefill):
                 self._prefixes.put(kept)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from firstlm.checkpoint import ADAPTER_FOLDER
 from firstlm.engine import lora as lora_adapters
 from firstlm.engine import saved
@@ -66,6 +68,11 @@ def packed_parts(
     """The parts of an engine; arguments as in `Engine.from_pretrained`."""
     form = Form.of(precision, head_precision, lora)
     if (Path(source) / saved.CONFIG_NAME).is_file():
+        if options:
+            raise ValueError(
+                f"{source} is a saved engine, which takes no {', '.join(options)}: pack the model "
+                "again"
+            )
         return _load_saved(Path(source), precision, head_precision, lora)
     folders = source_folders(source) if not options else []
     key = source_key(folders) if folders else None
@@ -104,6 +111,11 @@ def parts_of(
         owned: nobody else has the model, which is used up.
         source, key: of `EngineConfig`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"from_model takes a model in memory, got {model!r:.80}: from_pretrained takes names "
+            "and folders"
+        )
     decoder = decoder_config(model)
     decoder |= {"precision": form.precision, "head_precision": form.head_precision}
     router_config = getattr(model, "router_config", None)

@@ -60,6 +60,7 @@ class PlanChoice:
             TypeError, ValueError: a choice that it cannot follow.
         """
         check_plan_choice(skip_plan, budget, budget_mode)
+        budget = None if budget is None else float(budget)
         if prefill is not None and prefill not in PREFILLS:
             raise ValueError(f"prefill must be one of {PREFILLS}, got {prefill!r}")
         if budget is not None and core.routers is None:

@@ -29,25 +29,25 @@ class Prompts:
     values: list[Any]
 
     @classmethod
-    def of(cls, prompts: Any) -> Prompts:
-        """Sorts out what was given.
+    def of(cls, prompts: Any, name: str = "prompts") -> Prompts:
+        """Sorts out what was given; `name` is the argument's, for messages.
 
         Raises:
             TypeError: none of the accepted kinds, or several of them.
             ValueError: an empty prompt.
         """
-        prompts = _as_list(prompts)
+        prompts = as_list(prompts)
         kind = _kind_of_one(prompts)
         if kind is not None:
             return cls(kind, True, [_ids(prompts) if kind == "ids" else prompts])
-        if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts takes {_ACCEPTED}, got {type(prompts).__name__}")
+        if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+            raise TypeError(f"{name} takes {_ACCEPTED}, got {type(prompts).__name__}")
         values = list(prompts)
         kinds = {"ids" if value == [] else _kind_of_one(value) for value in values}
         if not values:
             return cls("ids", False, [])
         if len(kinds) > 1 or None in kinds:
-            raise TypeError(f"prompts takes {_ACCEPTED}, all of one kind")
+            raise TypeError(f"{name} takes {_ACCEPTED}, all of one kind")
         kind = kinds.pop()
         assert kind is not None
         return cls(kind, False, [_ids(v) for v in values] if kind == "ids" else values)
@@ -93,11 +93,11 @@ def _encode(prompt: Any, tokenizer: EngineTokenizer, raw: bool) -> list[int]:
     return encode_prompt(prompt, tokenizer)  # type: ignore[arg-type]
 
 
-def _as_list(prompt: Any) -> Any:
+def as_list(prompt: Any) -> Any:
     """Tensors and numpy arrays as lists, also those in a list; anything else as it is."""
     if hasattr(prompt, "tolist"):
         return prompt.tolist()
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray)):
         return [part.tolist() if hasattr(part, "tolist") else part for part in prompt]
     return prompt
 
@@ -105,7 +105,7 @@ def _as_list(prompt: Any) -> Any:
 def _kind_of_one(prompt: Any) -> Kind | None:
     if isinstance(prompt, str):
         return "text"
-    if not isinstance(prompt, Sequence) or not len(prompt):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)) or not prompt:
         return None
     if all(is_message(part) for part in prompt):
         return "chat"

@@ -8,7 +8,7 @@ from typing import Any
 
 from firstlm import native
 from firstlm.arguments import number, whole_number
-from firstlm.engine.prompts import require_tokenizer
+from firstlm.engine.prompts import as_list, require_tokenizer
 from firstlm.engine.text import EngineTokenizer
 
 # What of a model's generation_config.json is a default of the engine as well.
@@ -113,6 +113,7 @@ def _count(name: str, value: Any) -> int:
 
 def _seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
     """One a prompt."""
+    seed = as_list(seed)
     if isinstance(seed, Sequence) and not isinstance(seed, str):
         seeds = [whole_number("seed", value) for value in seed]
     else:
@@ -135,6 +136,7 @@ def _stops(
     """(texts, token ids); a text that is one token of its own is that token."""
     if stop is None:
         return [], []
+    stop = as_list(stop)
     strings, tokens = [], []
     for value in stop if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]:
         if isinstance(value, int) and not isinstance(value, bool):
@@ -145,5 +147,5 @@ def _stops(
             token = require_tokenizer(tokenizer).special_token_id(value)
             strings.append(value) if token is None else tokens.append(token)
         else:
-            raise TypeError(f"stop takes texts and token ids, got {value!r}")
+            raise TypeError(f"stop takes texts, not empty ones, and token ids, got {value!r}")
     return strings, tokens
