@@ -13,6 +13,7 @@ threshold. Exit code 1 if there is any other, or if logits differ by more than r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -127,11 +128,29 @@ def compare(
     }
 
 
+def prompts_of(tokenizer: Any, count: int, length: int | None) -> list[list[int]]:
+    """Prompts of both corpora in equal parts; of `length` tokens each, if given, one after the
+    other joined."""
+    each = -(-count // len(CORPUS_NAMES)) if length is None else None
+    rows = [
+        encode_prompt(example["prompt"], tokenizer)
+        for name in CORPUS_NAMES
+        for example in itertools.islice(load_corpus(name, "test"), each)
+    ]
+    if length is None:
+        return rows[:count]
+    tokens = list(itertools.chain.from_iterable(rows))
+    if len(tokens) < count * length:
+        raise SystemExit(f"the corpora have {len(tokens)} tokens, fewer than were asked for")
+    return [tokens[i * length : (i + 1) * length] for i in range(count)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--prompt-tokens", type=int, help="of every prompt, joined from several")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     options = parser.parse_args()
@@ -140,11 +159,7 @@ def main() -> int:
     model = firstlm.from_pretrained(options.checkpoint, merge_adapter=True, dtype=torch.float32)
     tokenizer = load_tokenizer(options.checkpoint)
     engine = firstlm.Engine.from_model(model, "float32", num_threads=options.threads)
-    each = -(-options.prompts // len(CORPUS_NAMES))
-    examples = [
-        row for name in CORPUS_NAMES for row in load_corpus(name, "test").select(range(each))
-    ]
-    rows = [encode_prompt(example["prompt"], tokenizer) for example in examples[: options.prompts]]
+    rows = prompts_of(tokenizer, options.prompts, options.prompt_tokens)
     result = compare(model, engine, rows, options.tokens)
     print(json.dumps(result, indent=2))
     if options.json is not None:
