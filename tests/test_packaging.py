@@ -43,7 +43,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_the_wheel_holds_ops_and_corpora_and_nothing_else(wheel):
+def test_the_wheel_holds_ops_corpora_and_routers_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     native = {"firstlm/_ops.so", f"firstlm/_native{suffix}"}
@@ -52,6 +52,8 @@ def test_the_wheel_holds_ops_and_corpora_and_nothing_else(wheel):
     for corpus in ("debian-synopsis", "debian-en-de"):
         splits = {f"firstlm/corpora/{corpus}/{s}.jsonl.xz" for s in ("train", "validation", "test")}
         assert {f"firstlm/corpora/{corpus}/README.md", *splits} <= set(names)
+    shipped = ("router_config.json", "router.safetensors", "adapter/adapter_model.safetensors")
+    assert {f"firstlm/shipped/{name}" for name in shipped} <= set(names)
     assert all(name.startswith(("firstlm/", "firstlm-0.")) for name in names)
     assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_')}.whl")
 

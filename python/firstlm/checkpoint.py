@@ -27,6 +27,9 @@ from firstlm.router import RouterConfig
 CONFIG_NAME = "router_config.json"
 WEIGHTS_NAME = "router.safetensors"
 ADAPTER_FOLDER = "adapter"
+# The embedded model's routers and adapter that ship with firstlm; shipped/README.md says of what.
+SHIPPED = "embedded-first"
+_SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 # Keys of a config.json that say how a model was saved or loaded, not what it is.
 _NOT_IDENTITY = ("transformers_version", "dtype", "torch_dtype", "architectures")
 # What a checkpoint's repository on a hub may hold: routers, adapter and tokenizer, no base.
@@ -46,7 +49,7 @@ def find_checkpoint(
     """The folder of a checkpoint, downloaded into the hub's cache if `source` is a hub id.
 
     Args:
-        source: folder or hub id; the embedded model and GGUF files are no checkpoints.
+        source: folder, hub id or SHIPPED; the embedded model and GGUF files are no checkpoints.
         download: of all its files; else of its router_config.json alone.
         **hub: those of HUB_OPTIONS.
 
@@ -57,6 +60,8 @@ def find_checkpoint(
     path = Path(source)
     if path.exists():
         return path if (path / CONFIG_NAME).is_file() else None
+    if str(source) == SHIPPED:
+        return _SHIPPED_FOLDER
     if embedded_model.is_alias(source) or path.suffix == ".gguf":
         return None
     try:

@@ -28,7 +28,7 @@ app = typer.Typer(
     name="firstlm",
     help="Prompt-adaptive layer skipping (FiRST): every prompt runs its own subset of a model's "
     "decoder layers, chosen once by routers while the prompt is read.\n\nStart with: "
-    "firstlm generate 'What is a package?'",
+    "firstlm generate 'Summarize this Debian package description in one line: ...'",
     epilog=EPILOG,
     no_args_is_help=True,
     add_completion=False,
@@ -42,7 +42,8 @@ Checkpoint = Annotated[
     typer.Option(
         "--checkpoint", "-c", metavar="MODEL",
         help="What firstlm trained, or any base model: folder, hub id, .gguf, or "
-        "'embedded'. A base without routers keeps every layer.",
+        "'embedded'. A base without routers keeps every layer. 'embedded-first': the embedded "
+        "model with the routers that ship with firstlm, for package descriptions and German.",
     ),
 ]  # fmt: skip
 Budget = Annotated[
@@ -180,7 +181,7 @@ def generate(
             "if that is a terminal."
         ),
     ] = None,
-    checkpoint: Checkpoint = "embedded",
+    checkpoint: Checkpoint = "embedded-first",
     file: PromptFile = None,
     raw: Raw = False,
     skip_plan: Annotated[
@@ -271,7 +272,7 @@ def plan(
         list[str] | None,
         typer.Argument(help="Prompts; without any (or with '-') stdin is read as one."),
     ] = None,
-    checkpoint: Checkpoint = "embedded",
+    checkpoint: Checkpoint = "embedded-first",
     file: PromptFile = None,
     raw: Raw = False,
     budget: Budget = None,

@@ -137,7 +137,7 @@ def check_model_exists(name: str) -> None:
     from firstlm import checkpoint, embedded_model
 
     path = Path(name)
-    if embedded_model.is_alias(name) or path.is_file():
+    if embedded_model.is_alias(name) or name == checkpoint.SHIPPED or path.is_file():
         return
     if path.is_dir():
         names = ("config.json", "engine.json")

@@ -32,7 +32,8 @@ def from_pretrained(
 
     Args:
         base: a folder or hub id of a Hugging Face model, a `.gguf` file, "embedded" (the model that
-            firstlm can obtain by itself), or what `save_pretrained` or `push_to_hub` wrote (folder
+            firstlm can obtain by itself), "embedded-first" (that with the routers and the adapter
+            that ship with firstlm), or what `save_pretrained` or `push_to_hub` wrote (folder
             or hub id), which names its own base.
         router: a `RouterConfig` for fresh routers, a checkpoint (folder or hub id) to take routers
             from, or None: the checkpoint's own, else fresh ones that keep every layer.
