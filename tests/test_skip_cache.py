@@ -299,8 +299,12 @@ def assert_same(one, other):
 
 
 def test_capacity_grows_geometrically_and_a_window_bounds_it():
-    sliding = filled_cache("mistral", batch=1, tokens=1, mask=torch.ones(1, NUM_LAYERS))
-    full = filled_cache("llama", batch=1, tokens=1, mask=torch.ones(1, NUM_LAYERS))
+    sliding = filled_cache(
+        "mistral", batch=1, tokens=1, mask=torch.ones(1, NUM_LAYERS, dtype=torch.bool)
+    )
+    full = filled_cache(
+        "llama", batch=1, tokens=1, mask=torch.ones(1, NUM_LAYERS, dtype=torch.bool)
+    )
     sizes = {id(sliding): set(), id(full): set()}
     for _ in range(300):
         for cache in (sliding, full):
@@ -323,7 +327,7 @@ def test_memory_counts_kept_pairs_and_what_a_full_cache_would_hold():
 
 
 def test_a_freed_row_gives_its_memory_back():
-    cache = filled_cache(mask=torch.ones(3, NUM_LAYERS))
+    cache = filled_cache(mask=torch.ones(3, NUM_LAYERS, dtype=torch.bool))
     before = cache.memory()
     for layer in range(1, NUM_LAYERS):
         cache.keep_rows(layer, torch.tensor([True, False, False]))
@@ -454,7 +458,7 @@ class FailsAt(TorchDispatchMode):
     ids=["grow", "append", "reorder", "repeat", "set_plans", "keep_rows"],
 )
 def test_an_operation_that_fails_half_way_changes_nothing(operation, family):
-    cache = filled_cache(family, tokens=16, mask=torch.ones(3, NUM_LAYERS))
+    cache = filled_cache(family, tokens=16, mask=torch.ones(3, NUM_LAYERS, dtype=torch.bool))
     append(cache, 8, torch.Generator())  # a sliding layer has no slot left
     cache.keep_prob = torch.rand(3, NUM_LAYERS)
     before = snapshot(cache)
@@ -485,7 +489,9 @@ def test_a_copy_goes_its_own_way(how):
 
 
 def test_beams_that_share_a_plan_change_places_without_new_lists(monkeypatch):
-    cache = filled_cache(batch=4, mask=torch.tensor([[1, 0] * 3, [1, 0] * 3, [1] * 6, [1] * 6]))
+    cache = filled_cache(
+        batch=4, mask=torch.tensor([[1, 0] * 3, [1, 0] * 3, [1] * 6, [1] * 6]).bool()
+    )
     lists = [cache.kept_rows(layer) for layer in range(NUM_LAYERS)]
     cache.reorder_cache(torch.tensor([1, 0, 2, 2]))
     assert all(cache.kept_rows(layer) is own for layer, own in enumerate(lists))
@@ -506,7 +512,7 @@ def test_storage_made_in_inference_mode_is_written_outside_it():
 
 
 def test_tokens_of_another_floating_type_are_converted():
-    cache = filled_cache(batch=2, mask=torch.ones(2, NUM_LAYERS))
+    cache = filled_cache(batch=2, mask=torch.ones(2, NUM_LAYERS, dtype=torch.bool))
     keys, values = cache.update(tokens(2, dtype=torch.float64), tokens(2, dtype=torch.bfloat16), 0)
     assert keys.dtype == values.dtype == torch.float32 and keys.shape[2] == 6
 

@@ -160,7 +160,7 @@ def plans_to_mask(
     if isinstance(plans, torch.Tensor):
         if plans.dtype != torch.bool:
             raise TypeError(f"a keep mask must be bool, got {plans.dtype}")
-        mask = plans.detach().to("cpu", torch.bool)
+        mask = plans.detach().cpu()
         if mask.ndim == 1:
             mask = mask.expand(batch_size, -1)
     else:
