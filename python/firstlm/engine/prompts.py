@@ -40,7 +40,7 @@ class Prompts:
         kind = _kind_of_one(prompts)
         if kind is not None:
             return cls(kind, True, [_ids(prompts) if kind == "ids" else prompts])
-        if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        if not _is_list(prompts):
             raise TypeError(f"{name} takes {_ACCEPTED}, got {type(prompts).__name__}")
         values = list(prompts)
         kinds = {"ids" if value == [] else _kind_of_one(value) for value in values}
@@ -97,15 +97,19 @@ def as_list(prompt: Any) -> Any:
     """Tensors and numpy arrays as lists, also those in a list; anything else as it is."""
     if hasattr(prompt, "tolist"):
         return prompt.tolist()
-    if isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray)):
+    if _is_list(prompt):
         return [part.tolist() if hasattr(part, "tolist") else part for part in prompt]
     return prompt
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def _kind_of_one(prompt: Any) -> Kind | None:
     if isinstance(prompt, str):
         return "text"
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)) or not prompt:
+    if not _is_list(prompt) or not prompt:
         return None
     if all(is_message(part) for part in prompt):
         return "chat"
