@@ -443,17 +443,18 @@ def test_max_steps_is_needed(tmp_path):
 
 def test_layer_drop_depends_on_seed_step_and_sequence_alone():
     drop = RandomLayerDrop(lambda step: 0.4, 10, [0, 9], seed=5)
-    together = drop(3, [0, 1, 2, 3])
-    apart = torch.cat([drop(3, [i]) for i in range(4)])
+    lengths = torch.tensor([7, 3, 5, 5])
+    together = drop(3, [0, 1, 2, 3], lengths)
+    apart = torch.cat([drop(3, [i], lengths[:1]) for i in range(4)])
     assert torch.equal(together, apart)
-    assert not torch.equal(together, drop(4, [0, 1, 2, 3]))
+    assert not torch.equal(together, drop(4, [0, 1, 2, 3], lengths))
 
 
 def test_layer_drop_keeps_its_rate_protects_and_prefers_heavy_weights():
     weights = [1.0] * 10
     weights[4] = 20.0
     drop = RandomLayerDrop(lambda step: 0.23, 10, [0, 9], weights, spread=1.0, seed=1)
-    masks = torch.cat([drop(s, range(8)) for s in range(150)])
+    masks = torch.cat([drop(s, range(8), torch.ones(8)) for s in range(150)])
     dropped = 1 - masks.double().mean(0)
     assert dropped.mean().item() == pytest.approx(0.23, abs=0.01)
     assert dropped[0] == dropped[9] == 0

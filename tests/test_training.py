@@ -26,6 +26,7 @@ from firstlm.controls import (
 )
 from firstlm.data import load_corpus
 from firstlm.layer_importance import measure_importance
+from firstlm.length_plans import LengthPlans, length_bounds
 from firstlm.phases import router_phase
 from firstlm.run_folder import RunFolder
 from firstlm.train_config import DataConfig
@@ -392,6 +393,68 @@ def test_controls_see_the_batch_of_the_same_step_of_the_run(grouped, base, tmp_p
         seen[control] = list(steps)
     assert [len(step) for step in seen["none"]] == [4] * 8
     assert seen["lora_only"] == seen["static"] == seen["none"]
+
+
+def test_a_length_control_trains_and_carries_a_plan_a_class_of_prompt_lengths(
+    base, tmp_path, monkeypatch
+):
+    masks: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = Trainer._gate_arguments
+
+    def record(trainer, prompt_lengths):
+        arguments = original(trainer, prompt_lengths)
+        if trainer.phase.name == "lora":
+            masks.append((prompt_lengths, arguments["skip_plan"]))
+        return arguments
+
+    monkeypatch.setattr(Trainer, "_gate_arguments", record)
+    changes = {"control": "length", "plan_search_trials": 12, "plan_search_examples": 8, **SMALL}
+    result = run(base, str(tmp_path / "run"), **changes)
+    assert [p.steps for p in result.phases] == [2, 6]
+    plans = LengthPlans.load(result.checkpoint)
+    common = json.loads((result.output_dir / "control_plan.json").read_text())["kept"]
+    assert len(plans.kept) == 2 and len(plans.bounds) == 1
+    assert sum(map(len, plans.kept)) == 2 * len(common)  # a layer more here is one less there
+    lengths = torch.tensor([sum(r["prompt_mask"]) for r in datasets()["train_dataset"]])
+    assert 0.3 < (lengths < plans.bounds[0]).double().mean() < 0.7
+    for seen, mask in masks:
+        assert torch.equal(mask, plans.of(seen))
+    assert masks
+
+
+def test_length_classes_are_of_like_size_and_cover_every_length():
+    lengths = torch.tensor([3, 9, 4, 8, 5, 7, 6, 2, 1])
+    assert length_bounds(lengths, 3) == [4, 7]
+    plans = LengthPlans([4, 7], [[0], [0, 1], [2]], 3)
+    expected = [[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]
+    assert plans.of(torch.tensor([3, 4, 6, 7, 99])).int().tolist() == expected
+
+
+def test_a_control_takes_over_a_finished_warm_up_and_trains_the_same_weights(base, tmp_path):
+    own = run(base, str(tmp_path / "own"), control="static", **SMALL)
+    changes = {"control": "static", "warmup_from": str(tmp_path / "own"), **SMALL}
+    taken = run(base, str(tmp_path / "taken"), **changes)
+    assert weights(taken.checkpoint) == weights(own.checkpoint)
+    assert taken.phases[0].seconds == own.phases[0].seconds  # it was not trained again
+    assert Path(taken.phases[0].checkpoint).is_relative_to(tmp_path / "taken")
+    ours, theirs = log_of(taken.output_dir), log_of(own.output_dir)
+    assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
+    other_rate = run(
+        base, str(tmp_path / "later"), **changes | {"control": "none", "calibrate_rates": [0.4]}
+    )
+    assert [p.name for p in other_rate.phases] == ["warmup", "routers", "lora"]
+
+
+def test_a_warm_up_of_other_settings_is_refused(base, tmp_path):
+    run(base, str(tmp_path / "own"), phases=["warmup"], **SMALL)
+    changes = {"warmup_from": str(tmp_path / "own"), **SMALL}
+    for different in ({"seed": 1}, {"skip_rate": 0.2}, {"lora": {"rank": 2}}):
+        with pytest.raises(ValueError, match=rf"another one \([a-z.]*{next(iter(different))}"):
+            run(base, str(tmp_path / "taken"), **changes | different)
+    with pytest.raises(ValueError, match="no run with a finished warm-up"):
+        run(base, str(tmp_path / "b"), **changes | {"warmup_from": str(tmp_path)})
+    with pytest.raises(ValueError, match="has no warm-up"):
+        run(base, str(tmp_path / "b"), control="lora_only", **changes)
 
 
 def test_the_most_kept_layers_of_a_run_make_a_static_control(whole, base, tmp_path):

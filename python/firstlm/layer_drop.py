@@ -47,7 +47,9 @@ class RandomLayerDrop:
         self.spread = spread
         self.seed = seed
 
-    def __call__(self, step: int, sequences: Sequence[int]) -> torch.Tensor:
+    def __call__(
+        self, step: int, sequences: Sequence[int], prompt_lengths: torch.Tensor
+    ) -> torch.Tensor:
         """Keep mask [len(sequences), L] bool of these sequences of optimizer step `step`."""
         return torch.stack([self._draw(step, index) for index in sequences])
 
@@ -71,7 +73,9 @@ class FixedPlan:
     def __init__(self, keep: Sequence[bool] | torch.Tensor) -> None:
         self.keep = torch.as_tensor(keep, dtype=torch.bool)  # [L]
 
-    def __call__(self, step: int, sequences: Sequence[int]) -> torch.Tensor:
+    def __call__(
+        self, step: int, sequences: Sequence[int], prompt_lengths: torch.Tensor
+    ) -> torch.Tensor:
         return self.keep.expand(len(sequences), -1)
 
 

@@ -29,10 +29,12 @@ from firstlm.controls import (
     plan_by_position,
     set_keep_bias,
 )
+from firstlm.layer_drop import FixedPlan
 from firstlm.layer_importance import measure_block_influence, measure_importance
+from firstlm.length_plans import LengthPlans, classes_of, length_bounds
 from firstlm.phases import (
     Phase,
-    fixed_plan_phase,
+    control_phase,
     lora_phase,
     router_phase,
     steps_of,
@@ -40,14 +42,14 @@ from firstlm.phases import (
 )
 from firstlm.plan_search import PlanLoss, fit_routers, search_plan, search_task_plans
 from firstlm.run_folder import RunFolder
-from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
+from firstlm.train_config import PhaseConfig, TrainConfig
 from firstlm.train_data import TrainData
 from firstlm.train_progress import bar
 
 
 @dataclass
 class Job:
-    """A phase of this run; `fixed`: a control, which trains under one plan."""
+    """A phase of this run; `fixed`: a control's, under plans that are no router's."""
 
     name: str
     settings: PhaseConfig
@@ -59,7 +61,7 @@ def phase_names(config: TrainConfig) -> list[str]:
     """The phases that a run goes through; controls have no phase 1."""
     if config.control == "lora_only":
         return ["lora"]
-    if config.control == "static":
+    if config.control != "none":
         return [n for n in config.phases if n == "warmup"] + ["lora"]
     return list(config.phases)
 
@@ -136,7 +138,9 @@ class PhaseStarts:
         """The phase at its start, the model prepared for it; the same again when it is resumed."""
         if job.fixed:
             self.need_adapter()
-            return fixed_plan_phase(job.name, self.static_plan(), DistillConfig())
+            keep = self.static_plan()
+            rate = 1.0 - sum(keep) / len(keep)
+            return control_phase(job.name, self.length_plans() or FixedPlan(keep), rate)
         if job.name == "warmup":
             self.need_adapter()
             importance = None
@@ -182,17 +186,8 @@ class PhaseStarts:
         groups, _ = self._task_groups()
         plans = self.folder.read("task_plans.json")
         if plans is None:
-            common = self._given_common_plan() or self._searched_plan()
-            importance = self._importance("search")
-            with self.bar("plans of the tasks", None) as update:
-                found = search_task_plans(
-                    self._plan_loss(update),
-                    common,
-                    trials=config.plan_search_trials,
-                    seed=config.seed,
-                    trade=config.plan_search_trade,
-                    importance=importance,
-                )
+            common = self._common_plan()
+            found = self._departures(common)
             plans = {"common": _kept(common), "tasks": {t: _kept(p) for t, p in found.items()}}
             self.folder.write("task_plans.json", plans)
         masks = torch.zeros(len(groups), len(self.model.decoder_layers), dtype=torch.bool)
@@ -210,10 +205,23 @@ class PhaseStarts:
             )
         self.model.set_thresholds([0.5] * masks.shape[1])
 
-    def _given_common_plan(self) -> list[bool] | None:
-        """The plan of the static control that the config names, if any."""
+    def _departures(self, common: Sequence[bool]) -> dict[str, list[bool]]:
+        """The best plan of each group of training rows (_task_groups), near the common one."""
+        config, importance = self.config, self._importance("search")
+        with self.bar("plans of the tasks", None) as update:
+            return search_task_plans(
+                self._plan_loss(update),
+                common,
+                trials=config.plan_search_trials,
+                seed=config.seed,
+                trade=config.plan_search_trade,
+                importance=importance,
+            )
+
+    def _common_plan(self) -> list[bool]:
+        """Of the static control that the config names, or searched."""
         if self.config.plan_search_common is None:
-            return None
+            return self._searched_plan()
         path = Path(self.config.plan_search_common) / "control_plan.json"
         if not path.is_file():
             raise ValueError(f"plan_search_common: {path} does not exist; train that control first")
@@ -241,9 +249,15 @@ class PhaseStarts:
         )
 
     def _task_groups(self) -> tuple[dict[str, list[Any]], dict[str, float]]:
-        """Training rows of every task that plans are measured on, and what each row stands for."""
+        """Training rows of every task that plans are measured on, and what each row stands for.
+
+        Under control=length a class of prompt lengths is what a task is to FiRST.
+        """
+        tasks = self._tasks()
+        if self.config.control == "length":
+            classes = classes_of(self._prompt_lengths(), self._length_bounds())
+            tasks = [str(c) for c in classes.tolist()]
         rows = self.data.train
-        tasks = getattr(rows, "tasks", None) or ["all"] * len(rows)
         groups, weights = {}, {}
         for task in sorted(set(tasks)):
             chosen = [i for i, other in enumerate(tasks) if other == task]
@@ -251,6 +265,20 @@ class PhaseStarts:
             groups[task] = [rows[i] for i in measured]
             weights[task] = len(chosen) / len(measured)
         return groups, weights
+
+    def _tasks(self) -> list[str]:
+        """The task of each training row."""
+        rows = self.data.train
+        return getattr(rows, "tasks", None) or ["all"] * len(rows)
+
+    def _prompt_lengths(self) -> torch.Tensor:
+        """Tokens of the prompt of each training row, int64 [N]."""
+        rows = self.data.train
+        return torch.tensor([sum(rows[i]["prompt_mask"]) for i in range(len(rows))])
+
+    def _length_bounds(self) -> list[int]:
+        """Of as many classes as there are tasks, so that length has as many plans as FiRST."""
+        return length_bounds(self._prompt_lengths(), max(len(set(self._tasks())), 2))
 
     def _start_of_lora(self) -> list[float]:
         """Calibrated thresholds are set; returns how often each layer is kept with them, [L]."""
@@ -289,7 +317,7 @@ class PhaseStarts:
         return [self.data.validation[i] for i in range(count)]
 
     def static_plan(self) -> list[bool]:
-        """The plan of a control, decided once per run."""
+        """The plan of a control, decided once per run; that of length departs from it."""
         num_layers = len(self.model.decoder_layers)
         stored = self.folder.read("control_plan.json")
         if stored is None:
@@ -298,10 +326,25 @@ class PhaseStarts:
             self.folder.write("control_plan.json", stored)
         return [i in stored["kept"] for i in range(num_layers)]
 
+    def length_plans(self) -> LengthPlans | None:
+        """The plans of control=length, decided once per run; None of any other run."""
+        if self.config.control != "length":
+            return None
+        plans = LengthPlans.load(self.folder.path)
+        if plans is None:
+            found = self._departures(self.static_plan())
+            kept = [_kept(found[c]) for c in sorted(found, key=int)]
+            plans = LengthPlans(self._length_bounds(), kept, len(self.model.decoder_layers))
+            if self.folder.writes:
+                plans.save(self.folder.path)
+        return plans
+
     def _choose_static_plan(self, num_layers: int) -> list[bool]:
         config, protected = self.config, self.model.router_config.protected
         if config.control == "lora_only":
             return [True] * num_layers
+        if config.control == "length":
+            return self._common_plan()
         if isinstance(config.control_plan, list):
             return [i in config.control_plan for i in range(num_layers)]
         if config.control_plan.startswith("most_kept:"):

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from firstlm.layer_drop import FixedPlan, RandomLayerDrop, drop_weights
+from firstlm.layer_drop import RandomLayerDrop, drop_weights
 from firstlm.rate_control import Multiplier, Ramp, ThresholdFollower
 from firstlm.train_config import DistillConfig, PhaseConfig, TrainConfig
 
-# (optimizer step, indices of the sequences within it) -> keep mask [sequences, L]
-PlanSource = Callable[[int, Sequence[int]], torch.Tensor]
+# (optimizer step, indices of the sequences within it, tokens of their prompts) -> keep mask
+# [sequences, L]
+PlanSource = Callable[[int, Sequence[int], torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -146,14 +147,6 @@ def lora_phase(config: TrainConfig, model: Any, keep_share: Sequence[float]) -> 
     )
 
 
-def fixed_plan_phase(name: str, keep: Sequence[bool], distill: DistillConfig) -> Phase:
-    """LoRA under one plan for all: the controls."""
-    rate = 1.0 - sum(keep) / len(keep)
-    return Phase(
-        name,
-        "hard",
-        train_adapter=True,
-        target=lambda step: rate,
-        plans=FixedPlan(keep),
-        distill=distill,
-    )
+def control_phase(name: str, plans: PlanSource, skip_rate: float) -> Phase:
+    """LoRA under plans that are no router's: the controls."""
+    return Phase(name, "hard", train_adapter=True, target=lambda step: skip_rate, plans=plans)

@@ -21,13 +21,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from firstlm.atomic import write_json, write_text
+from firstlm.atomic import staged_folder, write_json, write_text
+from firstlm.length_plans import FILE as LENGTH_PLANS
 from firstlm.train_config import PHASES, TrainConfig
 from firstlm.trainer import latest_checkpoint
 
 _INPUTS = ("config.yaml", "data.json")
 _OUTPUTS = (
-    "train_log.jsonl", "importance.json", "task_plans.json", "control_plan.json",
+    "train_log.jsonl", "importance.json", "task_plans.json", "control_plan.json", LENGTH_PLANS,
     "router_init.safetensors", "result.json", "health.json", "health.md",
 )  # fmt: skip
 
@@ -89,6 +90,34 @@ class RunFolder:
             self.write("data.json", data)
         for partial in self.path.glob("**/.*.partial*"):
             shutil.rmtree(partial, ignore_errors=True)
+
+    def take_warmup(self, config: TrainConfig) -> None:
+        """Takes over the warm-up of `config.warmup_from`, unless this run has begun its own.
+
+        Raises:
+            ValueError: that run has not finished one, or one of other settings or data.
+        """
+        if config.warmup_from is None or not self.writes or self.phase("warmup").exists():
+            return
+        other = RunFolder(config.warmup_from, self.phases, writes=False)
+        if not (other.path / "config.yaml").is_file() or not other.is_finished("warmup"):
+            raise ValueError(f"warmup_from={config.warmup_from}: no run with a finished warm-up")
+        changed = config.other_warmup(TrainConfig.from_yaml(other.path / "config.yaml"))
+        if self.read("data.json") != other.read("data.json"):
+            changed.append("its examples")
+        if changed:
+            raise ValueError(
+                f"warmup_from={config.warmup_from}: its warm-up is another one "
+                f"({', '.join(changed)})"
+            )
+        if (importance := other.read("importance.json")) is not None:
+            self.write("importance.json", importance)
+        lines = other.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(self.log_path, "".join(x for x in lines if json.loads(x)["phase"] == "warmup"))
+        with staged_folder(self.final("warmup")) as staging:
+            shutil.copytree(other.final("warmup"), staging, dirs_exist_ok=True)
+            phase = other.finished_phase("warmup") | {"checkpoint": str(self.final("warmup"))}
+            write_json(staging / "phase.json", phase)
 
     def _has_begun(self) -> bool:
         return any((self.path / name).exists() for name in (*PHASES, *_OUTPUTS, "checkpoint"))

@@ -191,8 +191,15 @@ class TrainConfig:
     seed: int = setting(0, "seeds data order, initial weights, dropout and layer drop")
     skip_rate: float = setting(0.25, "asked share of skipped layers, of all layers")
     phases: list[str] = setting(list(PHASES), "which phases run, in this order")
-    control: Literal["none", "lora_only", "static"] = setting(
-        "none", "train a rival for as many steps: LoRA without skipping, or with one static plan"
+    warmup_from: str | None = setting(
+        None,
+        "folder of a run that has finished the same warm-up (seed, data, settings), which is taken "
+        "over instead of trained again",
+    )
+    control: Literal["none", "lora_only", "static", "length"] = setting(
+        "none",
+        "train a rival for as many steps: LoRA without skipping, with one static plan, or with "
+        "plans searched for classes of prompt lengths as FiRST's are for tasks",
     )
     control_plan: str | list[int] = setting(
         "importance",
@@ -290,12 +297,24 @@ class TrainConfig:
         ours, theirs = dict(flatten(self.to_dict())), dict(flatten(other.to_dict()))
         return [k for k in ours if k not in _HARMLESS and ours[k] != theirs.get(k)]
 
+    def other_warmup(self, other: TrainConfig) -> list[str]:
+        """Dotted names of settings that differ and that change the weights after the warm-up."""
+        later = _AFTER_WARMUP
+        if self.warmup.drop_rate_end is not None:
+            later = (*later, "skip_rate")
+        return [n for n in self.difference(other) if not n.startswith(later)]
+
 
 # Settings that may differ between an interrupted run and the one that takes it up again.
 _HARMLESS = {
     "output_dir", "resume", "overwrite", "progress", "save_every", "save_total_limit", "log_every",
-    "data.test_prompts",
+    "data.test_prompts", "warmup_from",
 }  # fmt: skip
+# Settings, or sections, that play no part before the warm-up is over. (LoRA's rank and dropout do.)
+_AFTER_WARMUP = (
+    "phases", "control", "plan_search_", "calibrate_rates", "routers.",
+    *(f"lora.{name}" for name in ("steps", "epochs", "lr", "weight_decay", "hold", "distill.")),
+)  # fmt: skip
 
 
 def config_fields() -> list[ConfigField]:

@@ -82,8 +82,13 @@ def _about_phase_names(c: TrainConfig) -> Iterator[str]:
             yield f"phases holds {phase!r}, which is none of {known}{hint}"
     if [p for p in PHASES if p in c.phases] != [p for p in c.phases if p in PHASES]:
         yield f"phases={c.phases}: each at most once, in the order {known}"
-    if c.control == "static" and c.phases == ["warmup"]:
-        yield "control=static trains LoRA under the plan after the warm-up: phases has nothing left"
+    if c.warmup_from is not None and ("warmup" not in c.phases or c.control == "lora_only"):
+        yield f"warmup_from={c.warmup_from}: this run has no warm-up; leave it out"
+    if c.control in ("static", "length") and c.phases == ["warmup"]:
+        yield (
+            f"control={c.control} trains LoRA under its plan after the warm-up: phases has nothing "
+            "left"
+        )
 
 
 def _about_any_phase(name: str, phase: PhaseConfig) -> Iterator[str]:

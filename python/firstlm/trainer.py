@@ -155,7 +155,7 @@ class Trainer(transformers.Trainer):
         positions = answer_positions(labels)
         forward = {**inputs, "logits_to_keep": positions, "use_cache": False}
         teacher = self._teacher_logits(forward)
-        output = model(**forward, **self._gate_arguments(len(labels)))
+        output = model(**forward, **self._gate_arguments(inputs["prompt_mask"].sum(1)))
 
         sums, tokens = answer_cross_entropy(output.logits, labels, positions)
         cross_entropy = sums.sum() / self._step_tokens
@@ -184,11 +184,13 @@ class Trainer(transformers.Trainer):
         loss = loss * self.args.world_size
         return (loss, output) if return_outputs else loss
 
-    def _gate_arguments(self, rows: int) -> dict[str, Any]:
+    def _gate_arguments(self, prompt_lengths: torch.Tensor) -> dict[str, Any]:
+        """Of the forward pass of rows whose prompts have so many tokens, int [B]."""
         arguments: dict[str, Any] = {"gate": self.phase.gate}
         if self.phase.plans is not None:
+            step, rows = self.state.global_step, len(prompt_lengths)
             sequences = self._sequences_in_step(self._micro_step, rows)
-            arguments["skip_plan"] = self.phase.plans(self.state.global_step, sequences)
+            arguments["skip_plan"] = self.phase.plans(step, sequences, prompt_lengths)
         if self.phase.gate == "hard":
             # DDP needs every parameter in every process's graph; alone, skipped rows cost nothing.
             arguments["compute_skipped"] = self.args.world_size > 1

@@ -184,6 +184,7 @@ class _Run:
         names = phase_names(config)
         self.folder = RunFolder(config.output_dir, names, self.state.is_main_process)
         self.folder.open(config, hashes_of(config.data, self.given))
+        self.folder.take_warmup(config)
         self.state.wait_for_everyone()
         done = self.folder.read("result.json")
         if done is not None:
@@ -401,6 +402,8 @@ class _Run:
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(staging)
                 write_json(staging / "health.json", health.to_json())
+                if by_length := self.starts.length_plans():
+                    by_length.save(staging)
             write_json(self.folder.path / "health.json", health.to_json())
             write_text(self.folder.path / "health.md", health.to_markdown())
             self.folder.write("result.json", result.to_json())

@@ -19,6 +19,7 @@ from firstlm.evaluation.methods import FirstPlans
 from firstlm.evaluation.records import Method
 from firstlm.evaluation.weights import Weights
 from firstlm.held_out import Example, rows_of
+from firstlm.length_plans import LengthPlans
 
 if TYPE_CHECKING:
     from firstlm.evaluation.run import Run
@@ -130,8 +131,11 @@ class Plans:
         return torch.tensor(plan).expand(count, -1)
 
     def _trained(self, weights: Weights) -> torch.Tensor:
-        """Of a trained control [N, L]: what its own routers, which carry its plan, say."""
+        """Of a trained control [N, L]: what its own routers, which carry its plan, say, or the
+        plans for prompt lengths in its folder."""
         run = self._run
+        if by_length := LengthPlans.load(weights.folder):
+            return by_length.of(torch.tensor([len(e.prompt_ids) for e in run.data.test]))
 
         def find() -> list[str]:
             found: dict[int, torch.Tensor] = {}

@@ -26,6 +26,7 @@ class Weights:
     """The weights of a group of methods, loaded when they are first needed.
 
     Attributes:
+        folder: of the checkpoint, or of one whose base this is.
         key: changes when the files do.
         quality_key: what figures of quality depend on beside the plans.
         thresholds: found ones, by rate.
@@ -35,7 +36,7 @@ class Weights:
         self._run, self._method = run, method
         folder = method.checkpoint or next(m.checkpoint for m in run.methods if m.checkpoint)
         assert folder is not None
-        self._folder, self._is_base = folder, method.weights == "base"
+        self.folder, self._is_base = folder, method.weights == "base"
         folders = source_folders(folder)
         self.key = source_key(folders[1:] if self._is_base else folders)
         config = read_router_config(Path(folder))
@@ -59,7 +60,7 @@ class Weights:
     def model(self) -> Any:
         if self._model is None:
             options = {"adapter": False} if self._is_base else {"merge_adapter": True}
-            model = loading.from_pretrained(self._folder, dtype=self._run.request.dtype, **options)
+            model = loading.from_pretrained(self.folder, dtype=self._run.request.dtype, **options)
             self._model = model.to(self._run.state.device)
         return self._model
 
