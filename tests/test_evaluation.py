@@ -23,10 +23,11 @@ from firstlm.evaluation import checks, store
 from firstlm.evaluation import run as evaluation_run
 from firstlm.evaluation.data import EvaluationData, fingerprint, load_evaluation_data
 from firstlm.evaluation.files import read_evaluation
-from firstlm.evaluation.methods import CONTROLS, length_plans
+from firstlm.evaluation.methods import CONTROLS, vote_by_length
 from firstlm.evaluation.records import Evaluation
 from firstlm.evaluation.request import Effort
 from firstlm.health import derangement
+from firstlm.length_plans import LengthPlans, length_bounds
 from firstlm.router import RouterConfig
 from firstlm.train_config import LoraPhaseConfig, TrainConfig
 from firstlm.train_data import load_set
@@ -170,8 +171,28 @@ def test_plans_are_those_of_their_rules(whole, folders) -> None:
 
 def test_length_plans_know_the_length_alone() -> None:
     plans = torch.tensor([[True, True, False]] * 20 + [[True, False, True]] * 20)
-    found = length_plans(plans, [5] * 20 + [50] * 20, [4, 60, 5])
+    found = vote_by_length(plans, [5] * 20 + [50] * 20, [4, 60, 5])
     assert found.tolist() == [[True, True, False], [True, False, True], [True, True, False]]
+
+
+def test_a_trained_length_control_runs_the_plans_in_its_folder(folders, data, tmp_path) -> None:
+    folder = tmp_path / "by_length"
+    shutil.copytree(folders["static"].parent, folder)
+    test = load_evaluation_data(
+        data, AutoTokenizer.from_pretrained(folders["static"]), examples=11, validation=16,
+        max_length=100, seed=0,
+    ).test  # fmt: skip
+    lengths = torch.tensor([len(e.prompt_ids) for e in test])
+    plans = LengthPlans(length_bounds(lengths, 2), [[0, 1, 2, 3], [0, 2, 4, 5]], LAYERS)
+    plans.save(folder / "checkpoint")
+    evaluation = run(
+        folders["first"], data, tmp_path / "1", trained={"length": str(folder / "checkpoint")},
+        controls=(), engine="native", timing_engine="native", precision="float32",
+    )  # fmt: skip
+    result = by_key(evaluation)[f"length-trained-{RATE:.4g}-seed0"]
+    assert [e.example for e in result.examples] == [e.id for e in test]
+    assert torch.equal(masks_of(result), plans.of(lengths))
+    assert len({e.kept for e in result.examples}) == 2 and result.timing is not None
 
 
 def test_losses_and_answers_are_those_of_single_prompts(whole, folders, data, tmp_path) -> None:

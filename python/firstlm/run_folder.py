@@ -3,6 +3,7 @@
 runs/x/config.yaml              every setting
 runs/x/data.json                hashes of the sets that are no shipped corpora
 runs/x/train_log.jsonl          a line per logged step and per evaluation, over all phases
+runs/x/control_plan.json, length_plans.json, task_plans.json   plans that were searched or named
 runs/x/importance.json          cross-entropy rise of every layer, where it was measured
 runs/x/router_init.safetensors  the routers before phase 1
 runs/x/<phase>/start.json       thresholds and keep shares that the phase started from

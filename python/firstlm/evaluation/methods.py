@@ -232,7 +232,7 @@ def plans_from_first(
             mask[rows] = first.test[rows[derangement(len(rows), seed)]]
         return mask
     if name == "length":
-        return length_plans(
+        return vote_by_length(
             first.validation, [len(e.prompt_ids) for e in validation],
             [len(e.prompt_ids) for e in test],
         )  # fmt: skip
@@ -241,7 +241,9 @@ def plans_from_first(
     return torch.tensor(plan).expand(len(test), -1)
 
 
-def length_plans(plans: torch.Tensor, lengths: Sequence[int], asked: Sequence[int]) -> torch.Tensor:
+def vote_by_length(
+    plans: torch.Tensor, lengths: Sequence[int], asked: Sequence[int]
+) -> torch.Tensor:
     """Plans for prompts of which only the length is known.
 
     The prompts of nearest length vote: as many layers are kept as they keep on average, the ones
