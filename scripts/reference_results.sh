@@ -2,31 +2,36 @@
 # The reference results: FiRST and its rivals trained on SmolLM2-135M from configs/smollm2-mixture.yaml, then
 # compared by `firstlm evaluate` on 300 test examples of each task.
 #
-#   bash scripts/reference_results.sh                      # skip rates 0.2667 and 0.5, one seed
-#   RATES="0.5" SEEDS="0 1 2" bash scripts/reference_results.sh
+#   bash scripts/reference_results.sh                      # skip rates 0.2667 and 0.5, three seeds
+#   RATES="0.5" SEEDS="0" bash scripts/reference_results.sh
 #   NAME=short bash scripts/reference_results.sh warmup.steps=60 lora.steps=160    # settings of every training
 #
-# EVALUATE holds options of `firstlm evaluate` that replace those below. Runs are in runs/NAME/, the results in results/NAME/. Half an hour or more of one core a run of
-# 800 steps; every step goes on where it was stopped.
+# FiRST and the best static plan are trained with every seed, their rivals with the first one: plans by prompt
+# length, uniform and random plans, LoRA without skipping, and FiRST as published (at the first rate). Runs of one
+# seed and rate share their warm-up. PAPER holds settings of the last, whose phase 1 takes the steps of warm-up and
+# routers. EVALUATE holds options of `firstlm evaluate` that replace those below. Runs are in runs/NAME/, the
+# results in results/NAME/. Half an hour or more of one core a run of 800 steps; every step goes on where it was
+# stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 firstlm_environment test # the metrics are in an extra
 
 RATES=${RATES:-0.2667 0.5}
-SEEDS=${SEEDS:-0}
+SEEDS=${SEEDS:-0 1 2}
 NAME=${NAME:-reference}
 runs=runs/$NAME
 settings=("$@")
+one=${SEEDS%% *} # the seed of rivals that get one
 
-# train NAME OVERRIDE…: a finished run is read, not repeated.
+# train CONFIG NAME OVERRIDE…: a finished run is read, not repeated.
 train() {
-  local name=$1
-  shift
-  firstlm train --config configs/smollm2-mixture.yaml output_dir="$runs/$name" "$@" "${settings[@]}"
+  local config=$1 name=$2
+  shift 2
+  firstlm train --config "configs/$config.yaml" output_dir="$runs/$name" "${settings[@]}" "$@"
 }
 
-arguments=()
+rivals=()
 folders() { # METHOD RATE -> its checkpoints, one a seed
   local found=()
   for seed in $SEEDS; do found+=("$runs/$1-$2-$seed/checkpoint"); done
@@ -35,17 +40,32 @@ folders() { # METHOD RATE -> its checkpoints, one a seed
 }
 
 for rate in $RATES; do
+  at=(skip_rate="$rate" calibrate_rates="[$rate]")
   for seed in $SEEDS; do
-    at=(skip_rate="$rate" calibrate_rates="[$rate]" seed="$seed")
-    train "static-$rate-$seed" "${at[@]}" control=static control_plan=search \
-      plan_search_by=prompts plan_search_trials=32
-    train "first-$rate-$seed" "${at[@]}" plan_search_common="$runs/static-$rate-$seed"
+    static=$runs/static-$rate-$seed
+    train smollm2-mixture "static-$rate-$seed" "${at[@]}" seed="$seed" \
+      control=static control_plan=search plan_search_by=prompts
+    train smollm2-mixture "first-$rate-$seed" "${at[@]}" seed="$seed" \
+      plan_search_common="$static" warmup_from="$static"
   done
-  arguments+=(-c "$rate=$(folders first "$rate")" --trained "static=$rate=$(folders static "$rate")")
+  rivals+=(-c "$rate=$(folders first "$rate")" --trained "static=$rate=$(folders static "$rate")")
+  at+=(seed="$one" warmup_from="$runs/static-$rate-$one")
+  train smollm2-mixture "length-$rate-$one" "${at[@]}" control=length \
+    plan_search_common="$runs/static-$rate-$one"
+  for plan in uniform random:0 random:1; do
+    train smollm2-mixture "${plan/:/}-$rate-$one" "${at[@]}" control=static control_plan="$plan"
+  done
+  drawn=$runs/random0-$rate-$one/checkpoint,$runs/random1-$rate-$one/checkpoint
+  for name in length uniform; do
+    rivals+=(--trained "$name=$rate=$runs/$name-$rate-$one/checkpoint")
+  done
+  rivals+=(--trained "random=$rate=$drawn")
 done
 
-train lora control=lora_only seed="${SEEDS%% *}"
-firstlm evaluate "${arguments[@]}" --trained lora_only="$runs/lora/checkpoint" \
-  --data debian-synopsis --data debian-en-de --max-length 192 \
-  --controls base,shuffled,shuffled_in_task,length,most_kept,random,uniform \
-  --output "results/$NAME" ${EVALUATE:-}
+rate=${RATES%% *}
+train smollm2-mixture lora control=lora_only seed="$one"
+train first-paper "paper-$rate-$one" skip_rate="$rate" calibrate_rates="[$rate]" seed="$one" ${PAPER:-}
+firstlm evaluate "${rivals[@]}" --trained lora_only="$runs/lora/checkpoint" \
+  --trained "first_paper=$rate=$runs/paper-$rate-$one/checkpoint" \
+  --data debian-synopsis --data debian-en-de --max-length 192 --engine native \
+  --controls base,shuffled --output "results/$NAME" ${EVALUATE:-}

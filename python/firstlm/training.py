@@ -336,7 +336,7 @@ class _Run:
         asked = 0.0  # of a warm-up
         if job.fixed:
             asked = phase.target(job.steps)
-            write_plan_into_routers(self.model, self.starts.static_plan())
+            write_plan_into_routers(self.model, self.starts.plans.static())
         elif steered:
             asked = self.config.skip_rate
             self.starts.calibrate([asked])
@@ -378,7 +378,7 @@ class _Run:
             self.starts.calibrate(rates)
         asked = results[-1].skip_rate_asked
         initial = self.folder.path / "router_init.safetensors"
-        with self.starts.bar("router health", 5 * len(self.data.test)) as update:
+        with self.starts.plans.bar("router health", 5 * len(self.data.test)) as update:
             health = router_health(
                 self.model,
                 self.data.test,
@@ -402,7 +402,7 @@ class _Run:
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(staging)
                 write_json(staging / "health.json", health.to_json())
-                if by_length := self.starts.length_plans():
+                if by_length := self.starts.plans.by_length():
                     by_length.save(staging)
             write_json(self.folder.path / "health.json", health.to_json())
             write_text(self.folder.path / "health.md", health.to_markdown())
