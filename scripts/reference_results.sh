@@ -68,4 +68,4 @@ train first-paper "paper-$rate-$one" skip_rate="$rate" calibrate_rates="[$rate]"
 firstlm evaluate "${rivals[@]}" --trained lora_only="$runs/lora/checkpoint" \
   --trained "first_paper=$rate=$runs/paper-$rate-$one/checkpoint" \
   --data debian-synopsis --data debian-en-de --max-length 192 --engine native \
-  --controls base,shuffled --output "results/$NAME" ${EVALUATE:-}
+  --controls base,shuffled,exact --output "results/$NAME" ${EVALUATE:-}

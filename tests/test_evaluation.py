@@ -27,6 +27,7 @@ from firstlm.evaluation.methods import CONTROLS, vote_by_length
 from firstlm.evaluation.records import Evaluation
 from firstlm.evaluation.request import Effort
 from firstlm.health import derangement
+from firstlm.held_out import Example
 from firstlm.length_plans import LengthPlans, length_bounds
 from firstlm.router import RouterConfig
 from firstlm.train_config import LoraPhaseConfig, TrainConfig
@@ -139,7 +140,25 @@ def test_every_method_is_measured_on_the_same_examples(whole) -> None:
     assert (output / "report.md").is_file() and (output / "report.html").is_file()
 
 
-def test_plans_are_those_of_their_rules(whole, folders) -> None:
+def tested(data: list[str], tokenizer: Any) -> list[Example]:
+    """The examples that `run` tests."""
+    return load_evaluation_data(
+        data, tokenizer, examples=11, validation=16, max_length=100, seed=0
+    ).test
+
+
+def exact_plans(folder: Path, data: list[str]) -> torch.Tensor:
+    """Those of `generate(budget=RATE, budget_mode="exact")` for every tested prompt."""
+    model = firstlm.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for example in tested(data, AutoTokenizer.from_pretrained(folder)):
+        ids = torch.tensor([example.prompt_ids])
+        plan = model.plan(input_ids=ids, budget=RATE, budget_mode="exact").skip_plans[0]
+        found.append(plan.to_mask())
+    return torch.stack(found)
+
+
+def test_plans_are_those_of_their_rules(whole, folders, data) -> None:
     evaluation, _ = whole
     found = by_key(evaluation)
     rate = f"{RATE:.4g}"
@@ -149,6 +168,8 @@ def test_plans_are_those_of_their_rules(whole, folders) -> None:
         assert 1 - first.double().mean() == pytest.approx(RATE, abs=0.1)
         shuffled = masks_of(found[f"shuffled-first-{rate}-seed{seed}"])
         assert torch.equal(shuffled, first[derangement(22, seed)])
+        exact = masks_of(found[f"exact-first-{rate}-seed{seed}"])
+        assert torch.equal(exact, exact_plans(folders[("first", "second")[seed]], data))
         within = masks_of(found[f"shuffled_in_task-first-{rate}-seed{seed}"])
         for part in (slice(0, 11), slice(11, 22)):
             assert sorted(within[part].tolist()) == sorted(first[part].tolist())
@@ -178,10 +199,7 @@ def test_length_plans_know_the_length_alone() -> None:
 def test_a_trained_length_control_runs_the_plans_in_its_folder(folders, data, tmp_path) -> None:
     folder = tmp_path / "by_length"
     shutil.copytree(folders["static"].parent, folder)
-    test = load_evaluation_data(
-        data, AutoTokenizer.from_pretrained(folders["static"]), examples=11, validation=16,
-        max_length=100, seed=0,
-    ).test  # fmt: skip
+    test = tested(data, AutoTokenizer.from_pretrained(folders["static"]))
     lengths = torch.tensor([len(e.prompt_ids) for e in test])
     plans = LengthPlans(length_bounds(lengths, 2), [[0, 1, 2, 3], [0, 2, 4, 5]], LAYERS)
     plans.save(folder / "checkpoint")

@@ -5,6 +5,7 @@ lora_only            nothing skipped
 first                FiRST: its routers, at thresholds for the asked rate
 shuffled             FiRST's plans dealt to other prompts
 shuffled_in_task     … to other prompts of the same task
+exact                FiRST's routers, under which every prompt skips as many layers
 length               plans from the prompt's length alone, fitted to FiRST's
 most_kept            the layers that FiRST keeps most often, for all prompts
 greedy               layers dropped one by one, each time the one that costs least then
@@ -39,7 +40,7 @@ from firstlm.layer_importance import measure_block_influence
 from firstlm.scoring import score
 
 UNSKIPPED = ("base", "lora_only")
-FROM_FIRST = ("shuffled", "shuffled_in_task", "length", "most_kept")
+FROM_FIRST = ("exact", "shuffled", "shuffled_in_task", "length", "most_kept")
 MEASURED = ("greedy", "static", "block_influence")
 BY_POSITION = ("random", "uniform", "first_layers", "last_layers", "early_exit")
 CONFIDENT_EXIT = "early_exit_confidence"
@@ -201,11 +202,15 @@ def _rate_among(name: str, folder: str, given: float | None, rates: Sequence[flo
 
 @dataclass(frozen=True)
 class FirstPlans:
-    """FiRST's own plans at one rate: thresholds [L], keep masks [N, L] of both parts of data."""
+    """FiRST's own plans at one rate: thresholds [L], keep masks [N, L] of both parts of data.
+
+    `exact` [N, L], of the test examples, under an exact budget; None where no method asks for it.
+    """
 
     thresholds: list[float]
     validation: torch.Tensor
     test: torch.Tensor
+    exact: torch.Tensor | None = None
 
     @property
     def skip_rate(self) -> float:
@@ -223,6 +228,9 @@ def plans_from_first(
     protected: Sequence[int], rate: float,
 ) -> torch.Tensor:  # fmt: skip
     """The keep mask [N, L] of a control that FiRST's own plans make."""
+    if name == "exact":
+        assert first.exact is not None
+        return first.exact
     if name == "shuffled":
         return first.test[derangement(len(test), seed)]
     if name == "shuffled_in_task":

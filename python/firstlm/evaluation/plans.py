@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from firstlm.data import PromptAnswerCollator
+from firstlm.decode_paths import Arm
 from firstlm.evaluation import early_exit
 from firstlm.evaluation import methods as rules
 from firstlm.evaluation.data import EvaluationData, fingerprint
@@ -70,7 +71,7 @@ class Plans:
             thresholds = weights.use_thresholds(rate, None)
             parts = {"validation": run.data.validation, "test": run.data.test}
             return {"thresholds": thresholds} | {
-                name: mask_to_bits(self._routed(weights, rate, examples))
+                name: mask_to_bits(self._routed(weights, {"budget": rate}, examples))
                 for name, examples in parts.items()
             }
 
@@ -81,16 +82,24 @@ class Plans:
         if abs(achieved - rate) > 0.02:
             note = f"asked for {rate:.1%}, skips {achieved:.1%} of the test prompts' layers"
             self.notes[method.key].append(note)
-        return FirstPlans(value["thresholds"], validation, test)
+        exact = None
+        if any((m.name, m.skip_rate_asked) == ("exact", rate) for m in run.methods):
+            arm = {"budget": rate, "budget_mode": "exact"}
+            bits = run.once(
+                {**key, "what": "exact"},
+                lambda: mask_to_bits(self._routed(weights, arm, run.data.test)),
+            )
+            exact = bits_to_mask(bits)
+        return FirstPlans(value["thresholds"], validation, test, exact)
 
-    def _routed(self, weights: Weights, rate: float, examples: Sequence[Example]) -> torch.Tensor:
+    def _routed(self, weights: Weights, arm: Arm, examples: Sequence[Example]) -> torch.Tensor:
         """The routers' plans [N, L], in the batches in which they are measured."""
         data = EvaluationData([], list(examples), 0)
         batches = data.batches(self._run.effort.batch_size)
         found: list[Any] = [None] * len(examples)
-        with self._run.bar(f"plans at {rate:g}: examples", len(examples)) as update:
+        with self._run.bar(f"plans at {arm['budget']:g}: examples", len(examples)) as update:
             for batch in batches:
-                mask = weights.path.plans([examples[i] for i in batch], {"budget": rate})
+                mask = weights.path.plans([examples[i] for i in batch], arm)
                 for row, i in zip(mask, batch, strict=True):
                     found[i] = row
                 update(len(batch))

@@ -33,6 +33,7 @@ TITLES = {
     "block_influence": "block influence (ShortGPT)",
     "greedy": "greedy cross-entropy (SLEB-like)",
     "most_kept": "FiRST's most kept layers",
+    "exact": "FiRST's choice, one number of layers",
     "length": "plans from prompt length",
     "early_exit": "early exit, fixed layer",
     "early_exit_confidence": "early exit by confidence",
@@ -182,13 +183,17 @@ def _table(
     return Table(["method", *head], body, _bold(body), caption)
 
 
+# Of the methods on FiRST's weights, those that say what its choice is worth.
+_SHORT = ("exact", "shuffled", "shuffled_in_task", "length")
+
+
 def short_table(rows: Sequence[Row]) -> Table:
-    """What the verdict rests on: FiRST, its trained rivals, shuffled plans, plans from length."""
+    """What the verdict rests on: FiRST, its trained rivals, and its weights under other plans."""
     ordered = in_order(rows)
     shown = [
         r for r in ordered
         if _group(*_key(r)) == "trained for its plan"
-        or (r["weights"] == "first" and r["method"] in ("shuffled", "shuffled_in_task", "length"))
+        or (r["weights"] == "first" and r["method"] in _SHORT)
     ]  # fmt: skip
     answers = answer_metric(rows[0])
     firsts = {row["skip_rate_asked"]: row for row in ordered if is_own(row)}
