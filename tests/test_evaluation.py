@@ -213,6 +213,19 @@ def test_a_trained_length_control_runs_the_plans_in_its_folder(folders, data, tm
     assert len({e.kept for e in result.examples}) == 2 and result.timing is not None
 
 
+def test_a_rival_of_any_name_runs_what_its_own_routers_say(folders, data, tmp_path) -> None:
+    evaluation = run(
+        folders["first"], data, tmp_path, trained={"mine": {RATE: str(folders["second"])}},
+        controls=(),
+    )  # fmt: skip
+    model = firstlm.from_pretrained(folders["second"], dtype=torch.float32)
+    found = masks_of(by_key(evaluation)[f"mine-trained-{RATE:.4g}-seed0"])
+    examples = tested(data, AutoTokenizer.from_pretrained(folders["second"]))
+    for example, mask in zip(examples, found, strict=True):
+        plan = model.plan(input_ids=torch.tensor([example.prompt_ids])).skip_plans[0]
+        assert torch.equal(plan.to_mask(), mask)
+
+
 def test_losses_and_answers_are_those_of_single_prompts(whole, folders, data, tmp_path) -> None:
     """Batches, and the engine, which runs prompts one by one, give the same."""
     evaluation, _ = whole
@@ -420,7 +433,7 @@ def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
         ({"engine": "fast"}, "engine must be"),
         ({"precision": "int8"}, "none is used"),
         ({"trained": {"static": "nowhere"}}, "nowhere is no folder of a checkpoint"),
-        ({"trained": {"stat": "nowhere"}}, "no control"),
+        ({"trained": {"my-rival": "nowhere"}}, "give a rival a name"),
         ({"skip_rates": [0.7], "trained": {"static": "static"}}, "was trained for a skip rate"),
         ({"data": []}, "no task"),
         ({"effort": {"exampels": 3}}, "setting 'exampels'; did you mean 'examples'"),

@@ -49,7 +49,8 @@ def evaluate(
         _option(
             "--trained",
             metavar="NAME=[RATE=]FOLDER[,FOLDER…]",
-            help="A control that `firstlm train control=…` made, as static=runs/static/checkpoint. "
+            help="A control that `firstlm train control=…` made, as static=runs/static/checkpoint, "
+            "or under a name of your own any rival whose routers say its plans. "
             "Several folders: one a training seed.",
         ),
     ] = None,

@@ -80,8 +80,11 @@ class Request:
     def check(self) -> None:
         rules.check_folders(self.first, "checkpoints")
         for name, folders in self.trained.items():
-            if name not in (*rules.CONTROLS, "first") or name == "base":
-                raise ValueError(f"trained {name!r} is no control: {', '.join(rules.CONTROLS)}")
+            if not name.isidentifier() or name == "base":
+                raise ValueError(
+                    f"trained {name!r}: give a rival a name of letters, digits and _, as static, "
+                    "lora_only or one of your own; base is what was not trained"
+                )
             rules.check_folders(folders, f"trained {name}")
         rules.check_controls(self.controls, self.weights)
         if not self.sources:

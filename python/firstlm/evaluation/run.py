@@ -66,8 +66,8 @@ def evaluate(
         skip_rates: asked; None: those that the checkpoints were trained for.
         output: folder of results.json, examples.jsonl, report.md and report.html, and of what an
             interrupted evaluation goes on from.
-        trained: name of a control -> checkpoints of `firstlm train control=…`, given as
-            `checkpoints` are.
+        trained: name of a rival -> checkpoints of its own, given as `checkpoints` are: static,
+            length, lora_only… of `firstlm train control=…`, or any whose routers say its plans.
         controls: that need no training of their own, of methods.CONTROLS.
         weights: whose weights these run on: "first" (FiRST's), "base" (not finetuned), or both.
         columns: prompt_column, answer_column, messages_column of the data.

@@ -28,6 +28,7 @@ TITLES = {
     "random": "random layers",
     "first_layers": "first layers dropped",
     "last_layers": "last layers dropped",
+    "first_paper": "FiRST as published",
     "shuffled": "plans of other prompts",
     "shuffled_in_task": "plans of other prompts of the task",
     "block_influence": "block influence (ShortGPT)",
