@@ -51,12 +51,21 @@ def test_adaptivity_pays_if_trained_rivals_and_shuffled_plans_lose() -> None:
     assert "by ROUGE-L worse than none" in yes.headline
     assert yes.headline.endswith("plans fit their prompts.")
     assert any("dealt to wrong prompts lose: -0." in line for line in yes.sentences)
-    even = replace(first, method=Method("static", "trained", 0.25))
-    partly = judged(first, even, *FAIR[1:])
+    even = replace(first, method=Method("uniform", "trained", 0.25))
+    partly = judged(first, FAIR[0], even, FAIR[2])
     assert partly.answer == "partly" and "better than 1 of 2 trained rivals" in partly.headline
-    assert "no difference shown to best static plan + LoRA: +0.000 [" in partly.headline
-    alike = judged(first, even, FAIR[2])
-    assert alike.answer == "unknown" and alike.headline.startswith("No difference shown to")
+    assert "no difference shown to every n-th layer + LoRA: +0.000 [" in partly.headline
+
+
+def test_a_static_plan_that_is_not_beaten_leaves_it_open() -> None:
+    """Better than layers chosen badly for all is no adaptivity."""
+    first = result(FIRST, 0.1, plans=5)
+    even = replace(first, method=Method("static", "trained", 0.25))
+    for others in (FAIR[1:], FAIR[2:]):
+        verdict = judged(first, even, *others)
+        assert verdict.answer == "unknown"
+        assert verdict.headline.startswith("No difference shown to best static plan + LoRA: +0.000")
+        assert ("Better than every n-th layer + LoRA." in verdict.headline) == (len(others) == 2)
 
 
 def test_several_tasks_need_plans_that_were_shuffled_within_a_task() -> None:

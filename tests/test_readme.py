@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import firstlm
 from firstlm import bench_tables, cli, figures
+from firstlm.evaluation import tables
 from tiny_gguf import draw_routers, tiny_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +101,11 @@ def test_the_table_is_that_of_the_stored_result() -> None:
 def test_the_table_of_decode_speed_is_that_of_the_stored_result() -> None:
     found = figures.read(ROOT / "results" / "engine" / "decode.json")
     assert bench_tables.summary_table(found) in README
+
+
+def test_the_table_of_rivals_is_that_of_the_stored_result() -> None:
+    found = json.loads((ROOT / "results/reference/results.json").read_text(encoding="utf-8"))
+    assert tables.short_table(found["rows"]).markdown() in README
 
 
 def test_the_page_of_results_is_made_from_the_stored_results() -> None:

@@ -36,8 +36,8 @@ class Verdict:
         answer: "yes": by cross-entropy better than every rival that was trained for its plan, a
             static one among them, at the same skip rate, by the answers' metric worse than none,
             and better than under plans of other prompts; "no": any rival of the rate or other
-            prompts' plans are better, or there is one plan only; "partly": better than some; else
-            "unknown": what was measured does not show it.
+            prompts' plans are better, or there is one plan only; "partly": better than the static
+            one, with limits; else "unknown": what was measured does not show it.
         headline: the answer in a line.
         sentences: what it rests on.
     """
@@ -152,8 +152,14 @@ def _compared(row: Row, rows: Sequence[Row]) -> tuple[Answer, str]:
     metric = answer_metric(row)
     beaten = _with_outcome(against, _LOSS, "better")
     even = _with_outcome(against, _LOSS, "even")
-    if not beaten:
-        return "unknown", f"No difference shown to {_with_differences(against, _LOSS)}."
+    if _STATIC not in beaten:  # better layers for all are no adaptivity
+        better = (
+            f" Better than {', '.join(control_title(key) for key in beaten)}." if beaten else ""
+        )
+        return (
+            "unknown",
+            f"No difference shown to {_with_differences(against, _LOSS, even)}.{better}",
+        )
     limits = []
     if even:
         limits.append(f"no difference shown to {_with_differences(against, _LOSS, even)}")
