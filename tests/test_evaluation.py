@@ -140,7 +140,7 @@ def test_every_method_is_measured_on_the_same_examples(whole) -> None:
     assert (output / "report.md").is_file() and (output / "report.html").is_file()
 
 
-def tested(data: list[str], tokenizer: Any) -> list[Example]:
+def examples_of(data: list[str], tokenizer: Any) -> list[Example]:
     """The examples that `run` tests."""
     return load_evaluation_data(
         data, tokenizer, examples=11, validation=16, max_length=100, seed=0
@@ -151,7 +151,7 @@ def exact_plans(folder: Path, data: list[str]) -> torch.Tensor:
     """Those of `generate(budget=RATE, budget_mode="exact")` for every tested prompt."""
     model = firstlm.from_pretrained(folder, dtype=torch.float32)
     found = []
-    for example in tested(data, AutoTokenizer.from_pretrained(folder)):
+    for example in examples_of(data, AutoTokenizer.from_pretrained(folder)):
         ids = torch.tensor([example.prompt_ids])
         plan = model.plan(input_ids=ids, budget=RATE, budget_mode="exact").skip_plans[0]
         found.append(plan.to_mask())
@@ -199,7 +199,7 @@ def test_length_plans_know_the_length_alone() -> None:
 def test_a_trained_length_control_runs_the_plans_in_its_folder(folders, data, tmp_path) -> None:
     folder = tmp_path / "by_length"
     shutil.copytree(folders["static"].parent, folder)
-    test = tested(data, AutoTokenizer.from_pretrained(folders["static"]))
+    test = examples_of(data, AutoTokenizer.from_pretrained(folders["static"]))
     lengths = torch.tensor([len(e.prompt_ids) for e in test])
     plans = LengthPlans(length_bounds(lengths, 2), [[0, 1, 2, 3], [0, 2, 4, 5]], LAYERS)
     plans.save(folder / "checkpoint")
@@ -220,7 +220,7 @@ def test_a_rival_of_any_name_runs_what_its_own_routers_say(folders, data, tmp_pa
     )  # fmt: skip
     model = firstlm.from_pretrained(folders["second"], dtype=torch.float32)
     found = masks_of(by_key(evaluation)[f"mine-trained-{RATE:.4g}-seed0"])
-    examples = tested(data, AutoTokenizer.from_pretrained(folders["second"]))
+    examples = examples_of(data, AutoTokenizer.from_pretrained(folders["second"]))
     for example, mask in zip(examples, found, strict=True):
         plan = model.plan(input_ids=torch.tensor([example.prompt_ids])).skip_plans[0]
         assert torch.equal(plan.to_mask(), mask)
