@@ -18,31 +18,15 @@ import torch
 import firstlm
 from firstlm.atomic import staged_folder, write_text
 from firstlm.checkpoint import read_router_config, router_state_dict
-from firstlm.controls import (
-    importance_bias,
-    importance_plan,
-    layers_to_drop,
-    most_kept_plan,
-)
 from firstlm.data import load_corpus
-from firstlm.layer_importance import measure_importance
-from firstlm.length_plans import LengthPlans, length_bounds
 from firstlm.phases import router_phase
 from firstlm.run_folder import RunFolder
 from firstlm.train_config import DataConfig
 from firstlm.train_data import load_train_data
-from firstlm.trainer import Trainer
 from firstlm.training import resolve_auto
 from tiny_models import routed_model, tiny_base_path
-from tiny_training import COLLATOR, examples
-from train_once import datasets, run, settings
-
-SMALL = {
-    "data": {"validation_prompts": 16, "test_prompts": 16},
-    "warmup": {"steps": 2},
-    "routers": {"steps": 3, "lr": 0.01},
-    "lora": {"steps": 3, "rank": 4, "hold_window": 8},
-}
+from tiny_training import examples
+from train_once import SMALL, datasets, log_of, run, settings, weights
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +38,6 @@ def base() -> str:
 def whole(base, tmp_path_factory) -> firstlm.TrainResult:
     """An uninterrupted run of all phases."""
     return run(base, str(tmp_path_factory.mktemp("runs") / "whole"))
-
-
-def log_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "train_log.jsonl").open()]
-
-
-def weights(folder) -> dict[str, bytes]:
-    names = ("router.safetensors", "adapter/adapter_model.safetensors")
-    return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
 # ---- the phases ----
@@ -299,9 +274,9 @@ def test_a_finished_run_is_found_where_it_was_moved_to(base, tmp_path):
 def test_only_the_main_process_judges_what_the_folder_holds(tmp_path):
     """The others may look when it has just written the settings of a fresh run."""
     config = firstlm.TrainConfig(resume=False)
-    RunFolder(tmp_path, ["lora"], writes=True).open(config, {})
+    RunFolder(tmp_path, writes=True).open(config, {})
     (tmp_path / "train_log.jsonl").write_text("")
-    RunFolder(tmp_path, ["lora"], writes=False).open(config, {})
+    RunFolder(tmp_path, writes=False).open(config, {})
 
 
 def test_overwrite_starts_anew(base, tmp_path):
@@ -338,167 +313,6 @@ def test_settings_that_do_not_fit_the_model_stop_before_training(
         run(base, str(tmp_path / "run"), **(SMALL | changes))
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
     assert not (tmp_path / "run" / "importance.json").exists()
-
-
-# ---- controls ----
-
-
-@pytest.mark.parametrize(
-    ("control", "plan", "steps", "kept"),
-    [
-        ("lora_only", "importance", [8], 6),
-        ("static", "importance", [2, 6], 4),
-        ("static", "greedy", [2, 6], 4),
-        ("static", "uniform", [2, 6], 4),
-        ("static", "random:3", [2, 6], 4),
-        ("static", "first", [2, 6], 4),
-        ("static", "last", [2, 6], 4),
-        ("static", "block_influence", [2, 6], 4),
-        ("static", [0, 1, 4, 5], [2, 6], 4),
-    ],
-)
-def test_controls_train_for_as_many_steps_and_carry_their_plan(
-    control, plan, steps, kept, base, tmp_path
-):
-    result = run(base, str(tmp_path / "run"), control=control, control_plan=plan, **SMALL)
-    assert [p.steps for p in result.phases] == steps
-    assert result.health.distinct_plans == 1
-    model = firstlm.from_pretrained(result.checkpoint)
-    chosen = model.plan(input_ids=torch.tensor([[5, 6, 7]])).skip_plans[0]
-    assert len(chosen.kept) == kept
-    if isinstance(plan, list):
-        assert list(chosen.kept) == plan
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_controls_see_the_batch_of_the_same_step_of_the_run(grouped, base, tmp_path, monkeypatch):
-    names = {tuple(row["input_ids"]): i for i, row in enumerate(datasets()["train_dataset"])}
-    steps: list[list[int]] = []
-    original = Trainer.compute_loss
-
-    def record(trainer, model, inputs, *args, **kwargs):
-        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ids = [names[tuple(row[mask.bool()].tolist())] for row, mask in rows]
-        if trainer._micro_step == 0:
-            steps.append([])
-        steps[-1] += ids
-        return original(trainer, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "compute_loss", record)
-    seen = {}
-    for control in ("none", "lora_only", "static"):
-        steps.clear()
-        changes = {"control": control, "group_by_length": grouped, **SMALL}
-        run(base, str(tmp_path / control), **changes)
-        seen[control] = list(steps)
-    assert [len(step) for step in seen["none"]] == [4] * 8
-    assert seen["lora_only"] == seen["static"] == seen["none"]
-
-
-def test_a_length_control_trains_and_carries_a_plan_a_class_of_prompt_lengths(
-    base, tmp_path, monkeypatch
-):
-    masks: list[tuple[torch.Tensor, torch.Tensor]] = []
-    original = Trainer._gate_arguments
-
-    def record(trainer, prompt_lengths):
-        arguments = original(trainer, prompt_lengths)
-        if trainer.phase.name == "lora":
-            masks.append((prompt_lengths, arguments["skip_plan"]))
-        return arguments
-
-    monkeypatch.setattr(Trainer, "_gate_arguments", record)
-    changes = {"control": "length", "plan_search_trials": 12, "plan_search_examples": 8, **SMALL}
-    result = run(base, str(tmp_path / "run"), **changes)
-    assert [p.steps for p in result.phases] == [2, 6]
-    plans = LengthPlans.load(result.checkpoint)
-    common = json.loads((result.output_dir / "control_plan.json").read_text())["kept"]
-    assert len(plans.kept) == 2 and len(plans.bounds) == 1
-    assert sum(map(len, plans.kept)) == 2 * len(common)  # a layer more here is one less there
-    lengths = torch.tensor([sum(r["prompt_mask"]) for r in datasets()["train_dataset"]])
-    assert 0.3 < (lengths < plans.bounds[0]).double().mean() < 0.7
-    for seen, mask in masks:
-        assert torch.equal(mask, plans.of(seen))
-    assert masks
-
-
-def test_length_classes_are_of_like_size_and_cover_every_length():
-    lengths = torch.tensor([3, 9, 4, 8, 5, 7, 6, 2, 1])
-    assert length_bounds(lengths, 3) == [4, 7]
-    plans = LengthPlans([4, 7], [[0], [0, 1], [2]], 3)
-    expected = [[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]
-    assert plans.of(torch.tensor([3, 4, 6, 7, 99])).int().tolist() == expected
-
-
-def test_a_control_takes_over_a_finished_warm_up_and_trains_the_same_weights(base, tmp_path):
-    own = run(base, str(tmp_path / "own"), control="static", **SMALL)
-    changes = {"control": "static", "warmup_from": str(tmp_path / "own"), **SMALL}
-    taken = run(base, str(tmp_path / "taken"), **changes)
-    assert weights(taken.checkpoint) == weights(own.checkpoint)
-    assert taken.phases[0].seconds == own.phases[0].seconds  # it was not trained again
-    assert Path(taken.phases[0].checkpoint).is_relative_to(tmp_path / "taken")
-    ours, theirs = log_of(taken.output_dir), log_of(own.output_dir)
-    assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
-    other_rate = run(
-        base, str(tmp_path / "later"), **changes | {"control": "none", "calibrate_rates": [0.4]}
-    )
-    assert [p.name for p in other_rate.phases] == ["warmup", "routers", "lora"]
-
-
-def test_a_warm_up_of_other_settings_is_refused(base, tmp_path):
-    run(base, str(tmp_path / "own"), phases=["warmup"], **SMALL)
-    changes = {"warmup_from": str(tmp_path / "own"), **SMALL}
-    for different in ({"seed": 1}, {"skip_rate": 0.2}, {"lora": {"rank": 2}}):
-        with pytest.raises(ValueError, match=rf"another one \([a-z.]*{next(iter(different))}"):
-            run(base, str(tmp_path / "taken"), **changes | different)
-    with pytest.raises(ValueError, match="no run with a finished warm-up"):
-        run(base, str(tmp_path / "b"), **changes | {"warmup_from": str(tmp_path)})
-    with pytest.raises(ValueError, match="has no warm-up"):
-        run(base, str(tmp_path / "b"), control="lora_only", **changes)
-
-
-def test_the_most_kept_layers_of_a_run_make_a_static_control(whole, base, tmp_path):
-    changes = {"control": "static", "control_plan": f"most_kept:{whole.output_dir}", **SMALL}
-    result = run(base, str(tmp_path / "run"), **changes)
-    shares = [layer.kept for layer in whole.health.layers]
-    plan = json.loads((result.output_dir / "control_plan.json").read_text())["kept"]
-    assert min(shares[i] for i in plan) >= max(shares[i] for i in range(6) if i not in plan)
-    with pytest.raises(FileNotFoundError, match=r"no health\.json"):
-        run(base, str(tmp_path / "b"), **changes | {"control_plan": "most_kept:nowhere"})
-
-
-@pytest.mark.parametrize("prefill", ["route", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_importance_is_the_rise_of_cross_entropy_without_the_layer(family, prefill):
-    model = routed_model(family, router=firstlm.RouterConfig(prefill=prefill), draw=False)
-    rows = examples(6)
-    calls = []
-    importance = measure_importance(model, rows, COLLATOR, batch_size=4, progress=calls.append)
-    assert sum(calls) == 6
-    batch = COLLATOR(rows)
-    with torch.no_grad():
-        full = model(**batch, skip_plan=firstlm.SkipPlan.full(6), use_cache=False).loss
-        for layer in range(6):
-            plan = firstlm.SkipPlan(tuple(i for i in range(6) if i != layer), 6)
-            rise = model(**batch, skip_plan=plan, use_cache=False).loss - full
-            assert importance[layer] == pytest.approx(rise.item(), abs=2e-6), layer
-
-
-def test_static_plans_drop_the_least_and_keep_the_protected():
-    plan = importance_plan([0.1, 0.5, -0.1, 0.3, 0.2, 0.4], 1 / 3, protected=[0])
-    assert plan == [True, True, False, True, False, True]
-    assert most_kept_plan([1.0, 0.2, 0.9, 0.1, 0.8, 1.0], 1 / 3, [0]) == [
-        True, False, True, False, True, True,
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="protect fewer"):
-        layers_to_drop(0.94, 6, [0])
-
-
-def test_importance_bias_starts_routers_at_the_static_plan():
-    importance = [9.0, 0.5, -0.1, 0.3, 0.2, 0.4]
-    bias = importance_bias(importance, 1 / 3, spread=2.0, protected=[0])
-    assert [b >= 0 for b in bias] == importance_plan(importance, 1 / 3, [0])
-    assert sorted(range(1, 6), key=lambda i: bias[i]) == [2, 4, 3, 5, 1]
 
 
 # ---- data ----

@@ -1,11 +1,13 @@
-"""One small run of firstlm.train in a process of its own, for test_training.py to kill.
+"""One small run of firstlm.train, in a process of its own for test_training.py to kill.
 
 python train_once.py BASE OUTPUT_DIR
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,14 @@ import torch
 import firstlm
 from firstlm.interrupt import TrainingInterrupted
 from tiny_training import examples
+
+# Changes of `settings` for runs of a few steps.
+SMALL = {
+    "data": {"validation_prompts": 16, "test_prompts": 16},
+    "warmup": {"steps": 2},
+    "routers": {"steps": 3, "lr": 0.01},
+    "lora": {"steps": 3, "rank": 4, "hold_window": 8},
+}
 
 
 def settings(base: str, output_dir: str) -> dict[str, Any]:
@@ -48,6 +58,19 @@ def datasets() -> dict[str, Any]:
 def run(base: str, output_dir: str, **changes: Any) -> firstlm.TrainResult:
     torch.set_num_threads(1)
     return firstlm.train(settings(base, output_dir) | changes, **datasets())
+
+
+def log_of(folder: Any) -> list[dict[str, Any]]:
+    """The lines of a run's train_log.jsonl."""
+    return [
+        json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()
+    ]
+
+
+def weights(folder: Any) -> dict[str, bytes]:
+    """The files of a checkpoint's routers and adapter."""
+    names = ("router.safetensors", "adapter/adapter_model.safetensors")
+    return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
 if __name__ == "__main__":

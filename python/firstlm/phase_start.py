@@ -48,15 +48,6 @@ class Job:
     fixed: bool = False
 
 
-def phase_names(config: TrainConfig) -> list[str]:
-    """The phases that a run goes through; controls have no phase 1."""
-    if config.control == "lora_only":
-        return ["lora"]
-    if config.control != "none":
-        return [n for n in config.phases if n == "warmup"] + ["lora"]
-    return list(config.phases)
-
-
 def make_jobs(config: TrainConfig, examples: int, batch: int) -> list[Job]:
     """The phases of the run; a control spends the same steps in all on LoRA alone.
 
@@ -65,10 +56,11 @@ def make_jobs(config: TrainConfig, examples: int, batch: int) -> list[Job]:
         batch: sequences per optimizer step, all processes.
     """
     steps = {n: steps_of(getattr(config, n), examples, batch) for n in config.phases}
-    names = phase_names(config)
     if config.control == "none":
-        return [Job(n, getattr(config, n), steps[n]) for n in names]
-    warm = [Job("warmup", config.warmup, steps["warmup"])] if "warmup" in names else []
+        return [Job(n, getattr(config, n), steps[n]) for n in config.phases]
+    warm = []
+    if "warmup" in steps and config.control != "lora_only":  # which nothing prepares for skipping
+        warm = [Job("warmup", config.warmup, steps["warmup"])]
     rest = sum(steps.values()) - sum(job.steps for job in warm)
     return [*warm, Job("lora", config.lora, rest, fixed=True)]
 
@@ -115,7 +107,7 @@ class PhaseStarts:
             self.need_adapter()
             keep = self.plans.static()
             rate = 1.0 - sum(keep) / len(keep)
-            return control_phase(job.name, self.plans.by_length() or FixedPlan(keep), rate)
+            return control_phase(self.config, self.plans.by_length() or FixedPlan(keep), rate)
         if job.name == "warmup":
             self.need_adapter()
             importance = None

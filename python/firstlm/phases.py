@@ -147,6 +147,17 @@ def lora_phase(config: TrainConfig, model: Any, keep_share: Sequence[float]) -> 
     )
 
 
-def control_phase(name: str, plans: PlanSource, skip_rate: float) -> Phase:
-    """LoRA under plans that are no router's: the controls."""
-    return Phase(name, "hard", train_adapter=True, target=lambda step: skip_rate, plans=plans)
+def control_phase(config: TrainConfig, plans: PlanSource, skip_rate: float) -> Phase:
+    """Phase 2 of a control: LoRA under plans that are no router's, `skip_rate` on average.
+
+    What skips is distilled as FiRST is; of a model that does not, the teacher would be itself.
+    """
+    distill = config.lora.distill if skip_rate else DistillConfig()
+    return Phase(
+        "lora",
+        "hard",
+        train_adapter=True,
+        target=lambda step: skip_rate,
+        plans=plans,
+        distill=distill,
+    )

@@ -39,13 +39,11 @@ class RunFolder:
 
     Args:
         path: the run's output_dir.
-        phases: names of its phases in order.
         writes: whether this process is the one that writes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], phases: list[str], writes: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], writes: bool) -> None:
         self.path = Path(path)
-        self.phases = phases
         self.writes = writes
         self.log_path = self.path / "train_log.jsonl"
         self.checkpoint = self.path / "checkpoint"
@@ -100,7 +98,7 @@ class RunFolder:
         """
         if config.warmup_from is None or not self.writes or self.phase("warmup").exists():
             return
-        other = RunFolder(config.warmup_from, self.phases, writes=False)
+        other = RunFolder(config.warmup_from, writes=False)
         if not (other.path / "config.yaml").is_file() or not other.is_finished("warmup"):
             raise ValueError(f"warmup_from={config.warmup_from}: no run with a finished warm-up")
         changed = config.other_warmup(TrainConfig.from_yaml(other.path / "config.yaml"))
@@ -113,12 +111,13 @@ class RunFolder:
             )
         if (importance := other.read("importance.json")) is not None:
             self.write("importance.json", importance)
-        lines = other.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(self.log_path, "".join(x for x in lines if json.loads(x)["phase"] == "warmup"))
+        phase = other.finished_phase("warmup")
+        shutil.copyfile(other.log_path, self.log_path)
+        self.rewind_log("warmup", phase["steps"])
         with staged_folder(self.final("warmup")) as staging:
             shutil.copytree(other.final("warmup"), staging, dirs_exist_ok=True)
-            phase = other.finished_phase("warmup") | {"checkpoint": str(self.final("warmup"))}
-            write_json(staging / "phase.json", phase)
+            own = {"checkpoint": str(self.final("warmup"))}
+            write_json(staging / "phase.json", phase | own)
 
     def _has_begun(self) -> bool:
         return any((self.path / name).exists() for name in (*PHASES, *_OUTPUTS, "checkpoint"))
@@ -173,7 +172,7 @@ class RunFolder:
         """Drops lines that a resumed run will write again, and a line cut short by a kill."""
         if not self.writes or not self.log_path.is_file():
             return
-        later = self.phases[self.phases.index(phase) + 1 :]
+        later = PHASES[PHASES.index(phase) + 1 :]
         kept = []
         for line in self.log_path.read_text(encoding="utf-8").splitlines():
             try:

@@ -6,6 +6,7 @@ plans without measuring again. L layers.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ class RunPlans:
         """
         tasks = self._tasks()
         if self.config.control == "length":
-            classes = classes_of(self._prompt_lengths(), self._length_bounds())
+            classes = classes_of(self._prompt_lengths, self._length_bounds())
             tasks = [str(c) for c in classes.tolist()]
         rows = self.data.train
         groups, weights = {}, {}
@@ -183,6 +184,7 @@ class RunPlans:
         rows = self.data.train
         return getattr(rows, "tasks", None) or ["all"] * len(rows)
 
+    @functools.cached_property
     def _prompt_lengths(self) -> torch.Tensor:
         """Tokens of the prompt of each training row, int64 [N]."""
         rows = self.data.train
@@ -190,7 +192,7 @@ class RunPlans:
 
     def _length_bounds(self) -> list[int]:
         """Of as many classes as there are tasks, so that length has as many plans as FiRST."""
-        return length_bounds(self._prompt_lengths(), max(len(set(self._tasks())), 2))
+        return length_bounds(self._prompt_lengths, max(len(set(self._tasks())), 2))
 
     def _choose_static(self) -> list[bool]:
         config, protected = self.config, self.model.router_config.protected

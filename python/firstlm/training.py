@@ -32,7 +32,7 @@ from firstlm.controls import write_plan_into_routers
 from firstlm.data import PromptAnswerCollator
 from firstlm.health import HealthReport, router_health
 from firstlm.interrupt import InterruptGuard, TrainingInterrupted
-from firstlm.phase_start import Job, PhaseStarts, make_jobs, phase_names
+from firstlm.phase_start import Job, PhaseStarts, make_jobs
 from firstlm.phases import Phase
 from firstlm.router import RouterConfig, differences
 from firstlm.run_folder import RunFolder
@@ -181,8 +181,7 @@ class _Run:
 
     def go(self) -> TrainResult:
         config = self.config
-        names = phase_names(config)
-        self.folder = RunFolder(config.output_dir, names, self.state.is_main_process)
+        self.folder = RunFolder(config.output_dir, self.state.is_main_process)
         self.folder.open(config, hashes_of(config.data, self.given))
         self.folder.take_warmup(config)
         self.state.wait_for_everyone()
