@@ -161,7 +161,7 @@ def evaluate(
     rivals: dict[str, list[dict[float | None, list[str]]]] = {}
     for text in trained or []:
         name, found, rest = text.partition("=")
-        if not found or not name.isidentifier():
+        if not found:
             raise typer.BadParameter(f"--trained takes NAME=FOLDER, got {text!r}")
         rivals.setdefault(name, []).append(_folders(rest, "--trained"))
     rates = None if skip_rates is None else cli_input.numbers(skip_rates, "--skip-rates")
