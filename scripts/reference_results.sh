@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The reference results: FiRST and its rivals trained on SmolLM2-135M from configs/smollm2-mixture.yaml, then
-# compared by `firstlm evaluate` on 300 test examples of each task.
+# The reference results: FiRST and its rivals trained on SmolLM2-135M from one config, then compared by
+# `firstlm evaluate` on 300 test examples of each task.
 #
 #   bash scripts/reference_results.sh                      # skip rates 0.2667 and 0.5, three seeds
 #   RATES="0.5" SEEDS="0" bash scripts/reference_results.sh
+#   CONFIG=smollm2-synopsis TASKS=debian-synopsis NAME=synopsis bash scripts/reference_results.sh
 #   NAME=short bash scripts/reference_results.sh warmup.steps=60 lora.steps=160    # settings of every training
 #
 # FiRST and the best static plan are trained with every seed, their rivals with the first one: plans by prompt
@@ -20,8 +21,10 @@ firstlm_environment test # the metrics are in an extra
 RATES=${RATES:-0.2667 0.5}
 SEEDS=${SEEDS:-0 1 2}
 NAME=${NAME:-reference}
+CONFIG=${CONFIG:-smollm2-mixture}
+TASKS=${TASKS:-debian-synopsis debian-en-de}
 runs=runs/$NAME
-settings=("$@")
+settings=("data.train=[${TASKS// /,}]" "$@")
 one=${SEEDS%% *} # the seed of rivals that get one
 
 # train CONFIG NAME OVERRIDE…: a finished run is read, not repeated.
@@ -43,17 +46,17 @@ for rate in $RATES; do
   at=(skip_rate="$rate" calibrate_rates="[$rate]")
   for seed in $SEEDS; do
     static=$runs/static-$rate-$seed
-    train smollm2-mixture "static-$rate-$seed" "${at[@]}" seed="$seed" \
+    train "$CONFIG" "static-$rate-$seed" "${at[@]}" seed="$seed" \
       control=static control_plan=search plan_search_by=prompts
-    train smollm2-mixture "first-$rate-$seed" "${at[@]}" seed="$seed" \
+    train "$CONFIG" "first-$rate-$seed" "${at[@]}" seed="$seed" \
       plan_search_common="$static" warmup_from="$static"
   done
   rivals+=(-c "$rate=$(folders first "$rate")" --trained "static=$rate=$(folders static "$rate")")
   at+=(seed="$one" warmup_from="$runs/static-$rate-$one")
-  train smollm2-mixture "length-$rate-$one" "${at[@]}" control=length \
+  train "$CONFIG" "length-$rate-$one" "${at[@]}" control=length \
     plan_search_common="$runs/static-$rate-$one"
   for plan in uniform random:0 random:1; do
-    train smollm2-mixture "${plan/:/}-$rate-$one" "${at[@]}" control=static control_plan="$plan"
+    train "$CONFIG" "${plan/:/}-$rate-$one" "${at[@]}" control=static control_plan="$plan"
   done
   drawn=$runs/random0-$rate-$one/checkpoint,$runs/random1-$rate-$one/checkpoint
   for name in length uniform; do
@@ -63,9 +66,11 @@ for rate in $RATES; do
 done
 
 rate=${RATES%% *}
-train smollm2-mixture lora control=lora_only seed="$one"
+train "$CONFIG" lora control=lora_only seed="$one"
 train first-paper "paper-$rate-$one" skip_rate="$rate" calibrate_rates="[$rate]" seed="$one" ${PAPER:-}
+data=()
+for task in $TASKS; do data+=(--data "$task"); done
 firstlm evaluate "${rivals[@]}" --trained lora_only="$runs/lora/checkpoint" \
   --trained "first_paper=$rate=$runs/paper-$rate-$one/checkpoint" \
-  --data debian-synopsis --data debian-en-de --max-length 192 --engine native \
+  "${data[@]}" --max-length 192 --engine native \
   --controls base,shuffled,exact --output "results/$NAME" ${EVALUATE:-}

@@ -73,6 +73,36 @@ def same_log(ours, theirs):
 # ---- what learns ----
 
 
+def test_a_bfloat16_adapter_learns_by_steps_that_bfloat16_would_round_away(tmp_path):
+    """Against AdamW in float64 on the gradients of the same run."""
+    model = model_with_adapter(torch.bfloat16)
+    adapter = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    expected = {n: torch.nn.Parameter(p.detach().double()) for n, p in adapter.items()}
+    recorder = Gradients()
+    trainer = make_trainer(
+        model, lora_phase(), tmp_path, steps=12, learning_rate=1e-5, callbacks=[recorder]
+    )
+    trainer.train()
+    args = trainer.args
+    reference = torch.optim.AdamW(
+        expected.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+    )
+    for gradients_of in recorder.steps:
+        for n, p in expected.items():
+            p.grad = gradients_of[n].double()
+        reference.step()
+    learnt = dict(
+        zip(adapter, (p for g in trainer.optimizer.param_groups for p in g["params"]), strict=True)
+    )
+    for n, p in adapter.items():
+        torch.testing.assert_close(learnt[n].double(), expected[n], rtol=1e-5, atol=1e-8)
+        assert torch.equal(p, learnt[n].bfloat16()), n
+
+
 def test_phase_1_moves_routers_only_and_phase_2_the_adapter_only(tmp_path):
     for phase, moves, stays in (
         (router_phase(), "router", "lora_"),
@@ -365,14 +395,17 @@ def all_phases(name: str) -> Phase:
 
 
 @pytest.mark.parametrize("name", ["routers", "lora", "warmup"])
-def test_interrupt_and_resume_gives_the_weights_of_an_uninterrupted_run_to_the_bit(name, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interrupt_and_resume_gives_the_weights_of_an_uninterrupted_run_to_the_bit(
+    name, dtype, tmp_path
+):
     """With dropout (RNG state), across passes over the data, with moving alpha and thresholds."""
     options = {"steps": 7, "batch_size": 2, "accumulation": 2, "rows": examples(10)}
-    whole, phase = model_with_adapter(dropout=0.3), all_phases(name)
+    whole, phase = model_with_adapter(dtype, dropout=0.3), all_phases(name)
     make_trainer(whole, phase, tmp_path / "whole", **options).train()
 
     guard, callback = interrupted_at(4)
-    first = model_with_adapter(dropout=0.3)
+    first = model_with_adapter(dtype, dropout=0.3)
     trainer = make_trainer(
         first, all_phases(name), tmp_path / "cut", guard=guard, callbacks=[callback], **options
     )
@@ -381,7 +414,7 @@ def test_interrupt_and_resume_gives_the_weights_of_an_uninterrupted_run_to_the_b
     checkpoint = latest_checkpoint(tmp_path / "cut")
     assert checkpoint.name == "checkpoint-4"
 
-    second, resumed = model_with_adapter(dropout=0.3), all_phases(name)
+    second, resumed = model_with_adapter(dtype, dropout=0.3), all_phases(name)
     with torch.no_grad():  # everything must come from the checkpoint
         for n, p in second.named_parameters():
             if "router" in n or "lora_" in n:

@@ -33,6 +33,7 @@ from firstlm.losses import (
     distillation,
     router_norm,
 )
+from firstlm.master_weights import MasterWeights
 from firstlm.phases import Phase
 from firstlm.step_stats import StepStats
 from firstlm.trainable import adapter_off, choose_trainable
@@ -235,19 +236,23 @@ class Trainer(transformers.Trainer):
     # ---- around the optimizer ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW (or args.optim) with a group for routers and one for the adapter."""
+        """AdamW (or args.optim) with a group for routers and one for the adapter, in float32."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             routers = {id(p) for p in self.model.router_parameters()}
             learn = [p for p in self.model.parameters() if p.requires_grad]
+            masters = MasterWeights(learn)
             decay = self.args.weight_decay
-            groups = [
-                {"params": [p for p in learn if id(p) in routers], "weight_decay": decay},
-                {"params": [p for p in learn if id(p) not in routers], "weight_decay": decay},
+            groups: list[dict[str, Any]] = [
+                {"params": [], "weight_decay": decay},
+                {"params": [], "weight_decay": decay},
             ]
+            for parameter in learn:
+                groups[id(parameter) not in routers]["params"].append(masters.of(parameter))
             if self.phase.train_routers and self.phase.adapter_lr is not None:
                 groups[1]["lr"] = self.phase.adapter_lr
             self.optimizer = cls([g for g in groups if g["params"]], **kwargs)
+            masters.attach(self.optimizer)
         return self.optimizer
 
     def before_optimizer_step(self) -> None:
