@@ -485,6 +485,8 @@ def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:
     assert command(*own, "--examples", 6, "--validation", 6, *oracle) == 0
     folder = tmp_path / "out" / f"oracle-{RATE:g}"
     assert capsys.readouterr().out.strip() == (folder / "oracle.md").read_text().strip()
+    assert command(*own, "--oracle", "--threads", 1, "--controls", "base") == 2
+    assert "has no use for --controls, --threads" in capsys.readouterr().err
     assert command(*own, "--controls", "nothing") == 1
     assert "unknown control 'nothing'" in capsys.readouterr().err
     assert command(*own, "--trained", "static") == 2

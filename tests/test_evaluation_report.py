@@ -31,9 +31,6 @@ def rival(name: str, cost: float, weights: str = "trained") -> MethodResult:
     return result(Method(name, weights, 0.25), cost)
 
 
-FAIR = (rival("static", 0.2), rival("uniform", 0.3), rival("shuffled", 0.3, "first"))
-
-
 def in_first_task(*methods: MethodResult) -> list[MethodResult]:
     return [
         replace(one, examples=[e for e in one.examples if e.task == TASKS[0]]) for one in methods
@@ -44,11 +41,15 @@ def answering(one: MethodResult, answer: str) -> MethodResult:
     return replace(one, examples=[replace(e, answer=answer) for e in one.examples])
 
 
+AS_GOOD = (rival("static", 0.2), rival("uniform", 0.3), rival("shuffled", 0.3, "first"))
+FAIR = tuple(answering(one, "nothing of it") for one in AS_GOOD)  # their answers are worse, too
+
+
 def test_adaptivity_pays_if_trained_rivals_and_shuffled_plans_lose() -> None:
     first = result(FIRST, 0.1, plans=5)
     yes = judged(*in_first_task(first, *FAIR))
     assert yes.answer == "yes" and "all 2 trained rivals" in yes.headline
-    assert "by ROUGE-L worse than none" in yes.headline
+    assert "likewise by the answers" in yes.headline
     assert yes.headline.endswith("plans fit their prompts.")
     assert any("dealt to wrong prompts lose: -0." in line for line in yes.sentences)
     even = replace(first, method=Method("uniform", "trained", 0.25))
@@ -79,8 +80,14 @@ def test_several_tasks_need_plans_that_were_shuffled_within_a_task() -> None:
     assert even.answer == "yes" and "within a task no gain is shown: +0.000" in even.headline
 
 
+def test_answers_that_are_not_better_are_not_a_yes() -> None:
+    found = judged(result(FIRST, 0.1, plans=5), *AS_GOOD)
+    assert found.answer == "partly"
+    assert "but by ROUGE-L no difference shown to best static plan + LoRA: +0." in found.headline
+
+
 def test_worse_answers_are_not_a_yes() -> None:
-    static, *others = FAIR
+    static, *others = AS_GOOD
     first = answering(result(FIRST, 0.1, plans=5), "nothing of it")
     found = judged(first, static, *others)
     assert found.answer == "partly" and "by ROUGE-L WORSE than best static plan" in found.headline
@@ -88,7 +95,7 @@ def test_worse_answers_are_not_a_yes() -> None:
 
 def test_answers_are_judged_by_bleu_where_there_is_no_rouge() -> None:
     first = answering(result(FIRST, 0.1, plans=5), "nothing of it")
-    figures = rows(Evaluation({}, [first, *FAIR]), resamples=200)
+    figures = rows(Evaluation({}, [first, *AS_GOOD]), resamples=200)
     for row in figures:
         for entry in [row["metrics"], *row["vs"].values()]:
             del entry["rouge_l"]
@@ -200,14 +207,13 @@ def test_decoding_that_takes_longer_is_said_to(
     assert f"<b>{change:.0%}</b><span>{word} time per token, measured</span>" in page
 
 
-def test_faster_than_the_bytes_allow_is_noise_not_success(tmp_path: Path) -> None:
+def test_faster_than_the_bytes_allow_is_said(tmp_path: Path) -> None:
     found = half(0.5)
     figures = rows(found, resamples=50)
     (verdict,) = verdicts(figures)
-    (line,) = [line for line in verdict.sentences if "a token takes" in line]
-    assert "above what the bytes allow: timing noise" in line and "reached" not in line
+    assert any("That is more than the bytes that it reads" in line for line in verdict.sentences)
     page = report.write(found, figures, tmp_path)["html"].read_text(encoding="utf-8")
-    assert "measured; above what the bytes allow: timing noise" in page
+    assert "measured; more than the bytes that it reads account for" in page
 
 
 def test_aims_are_judged_by_the_whole_interval() -> None:

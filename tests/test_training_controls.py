@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import firstlm
 from firstlm.controls import importance_bias, importance_plan, layers_to_drop, most_kept_plan
 from firstlm.layer_importance import measure_importance
-from firstlm.length_plans import LengthPlans, length_bounds
+from firstlm.length_plans import LengthPlans, classes_of, length_bounds
 from firstlm.trainer import Trainer
 from tiny_models import routed_model, tiny_base_path
 from tiny_training import COLLATOR, examples
@@ -127,6 +129,14 @@ def test_length_classes_are_of_like_size_and_cover_every_length():
     assert plans.of(torch.tensor([3, 4, 6, 7, 99])).int().tolist() == expected
 
 
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=20), st.integers(2, 5))
+def test_no_length_class_is_empty_however_many_prompts_are_of_one_length(lengths, count):
+    bounds = length_bounds(torch.tensor(lengths), count)
+    classes = classes_of(torch.tensor(lengths), bounds)
+    assert set(classes.tolist()) == set(range(len(bounds) + 1))
+    assert len(bounds) < count
+
+
 def test_a_control_takes_over_a_finished_warm_up_and_trains_the_same_weights(base, tmp_path):
     own = run(base, str(tmp_path / "own"), control="static", **SMALL)
     with open(own.log, "a") as file:
@@ -136,6 +146,10 @@ def test_a_control_takes_over_a_finished_warm_up_and_trains_the_same_weights(bas
     assert weights(taken.checkpoint) == weights(own.checkpoint)
     assert taken.phases[0].seconds == own.phases[0].seconds  # it was not trained again
     assert Path(taken.phases[0].checkpoint).is_relative_to(tmp_path / "taken")
+    killed = tmp_path / "killed"  # while it took over
+    (killed / "warmup").mkdir(parents=True)
+    again = run(base, str(killed), **changes)
+    assert again.phases[0].seconds == own.phases[0].seconds
     steps = [(r["phase"], r["step"]) for r in log_of(taken.output_dir) if "loss" in r]
     assert steps == [("warmup", i) for i in (1, 2)] + [("lora", i) for i in range(1, 7)]
     first = run(base, str(tmp_path / "first"), **changes | {"control": "none"})

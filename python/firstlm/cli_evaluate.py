@@ -10,12 +10,20 @@ import typer
 
 from firstlm import cli_input
 
+# What of the options means something to --oracle, beside itself.
+_OF_THE_ORACLE = {
+    "oracle", "checkpoint", "data", "output", "skip_rates", "dtype", "candidates", "examples",
+    "validation", "plan_examples", "max_length", "batch_size", "seed", "prompt_column",
+    "answer_column", "messages_column",
+}  # fmt: skip
+
 
 def _option(*names: str, help: str, **kwargs):
     return typer.Option(*names, help=help, **kwargs)
 
 
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[
         list[str],
         _option(
@@ -171,8 +179,11 @@ def evaluate(
         "messages_column": messages_column,
     }  # fmt: skip
     if oracle:
-        if trained or controls is not None:
-            raise typer.BadParameter("--oracle compares plans of one checkpoint: no other methods")
+        if ignored := _given_in_vain(context):
+            raise typer.BadParameter(
+                f"--oracle scores plans on one checkpoint, by the hf path, and has no use for "
+                f"{', '.join(ignored)}"
+            )
         _oracle(first, data, rates, output, dtype, columns, {
             "candidates": candidates, "choosing": validation, "reported": examples,
             "importance_prompts": plan_examples, "max_length": max_length,
@@ -206,6 +217,18 @@ def evaluate(
     written = "results.json" if as_json else "report.md"
     typer.echo((output / written).read_text(encoding="utf-8").rstrip())
     cli_input.note(f"{output}: {files.RESULTS}, {files.EXAMPLES}, report.md, report.html")
+
+
+def _given_in_vain(context: typer.Context) -> list[str]:
+    """Options on the command line that say nothing to --oracle."""
+    found = []
+    for option in context.command.params:
+        # By its name: some versions of typer bring a click of their own.
+        source = context.get_parameter_source(option.name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and option.name not in _OF_THE_ORACLE:
+            found.append(option.opts[0])
+    return found
 
 
 def _oracle(

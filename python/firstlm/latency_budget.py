@@ -52,6 +52,11 @@ class Request:
         return any(v is not None for v in (self.tpot_ms, self.tpot_reduction, self.min_quality))
 
     @property
+    def limits_speed(self) -> bool:
+        """Whether a TPOT can be too slow for it."""
+        return self.tpot_ms is not None or self.tpot_reduction is not None
+
+    @property
     def measured_metric(self) -> str | None:
         """The metric that has to be measured, if any."""
         return self.metric or ("rouge_l" if self.min_quality is not None else None)
@@ -135,8 +140,9 @@ def decide(
     if qualities:
         best = max(qualities, key=lambda r: qualities[r].relative)
         rates = ", ".join(f"{rate:g}" for rate in sorted(qualities))
+        which = "rate that is fast enough" if request.limits_speed else "rate"
         reason = (
-            f"no rate that is fast enough ({rates}) keeps {request.min_quality:.1%} of "
+            f"no {which} ({rates}) keeps {request.min_quality:.1%} of "
             f"{qualities[best].metric}; the best is {best:g} with {qualities[best].relative:.1%}"
         )
     if full_is_fast:

@@ -56,11 +56,17 @@ class LengthPlans:
 
 
 def length_bounds(prompt_lengths: torch.Tensor, count: int) -> list[int]:
-    """Bounds [count - 1] that deal prompts of these lengths, int [N], into classes of like size."""
+    """Bounds that deal prompts of these lengths, int [N], into `count` classes of like size.
+
+    Fewer than count - 1 where equal lengths would leave a class without prompts.
+    """
     ordered = prompt_lengths.sort().values
-    return [int(ordered[len(ordered) * c // count]) for c in range(1, count)]
+    bounds = {int(ordered[len(ordered) * c // count]) for c in range(1, count)}
+    return sorted(bounds - {int(ordered[0])})
 
 
 def classes_of(prompt_lengths: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
     """The class of each prompt, int64 [N]."""
-    return torch.bucketize(prompt_lengths.cpu(), torch.tensor(bounds), right=True)
+    return torch.bucketize(
+        prompt_lengths.cpu(), torch.tensor(bounds, dtype=torch.int64), right=True
+    )

@@ -96,7 +96,10 @@ class RunFolder:
         Raises:
             ValueError: that run has not finished one, or one of other settings or data.
         """
-        if config.warmup_from is None or not self.writes or self.phase("warmup").exists():
+        folder = self.phase("warmup")
+        # A takeover that was killed leaves an empty one.
+        begun = folder.is_dir() and any(folder.iterdir())
+        if config.warmup_from is None or not self.writes or begun:
             return
         other = RunFolder(config.warmup_from, writes=False)
         if not (other.path / "config.yaml").is_file() or not other.is_finished("warmup"):

@@ -17,6 +17,7 @@ from firstlm.train_config import TrainConfig
 # Settings that decide which examples a step sees.
 _EXAMPLES = (
     "data.train", "data.max_length", "data.max_examples", "batch_size", "accumulation",
+    "group_by_length",
 )  # fmt: skip
 
 

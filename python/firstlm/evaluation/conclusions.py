@@ -33,11 +33,11 @@ class Verdict:
     """Does adaptivity pay at a skip rate?
 
     Attributes:
-        answer: "yes": by cross-entropy better than every rival that was trained for its plan, a
-            static one among them, at the same skip rate, by the answers' metric worse than none,
-            and better than under plans of other prompts; "no": any rival of the rate or other
-            prompts' plans are better, or there is one plan only; "partly": better than the static
-            one, with limits; else "unknown": what was measured does not show it.
+        answer: "yes": by cross-entropy and by ROUGE-L or BLEU better than every rival that was
+            trained for its plan, a static one among them, at the same skip rate, by the answers'
+            metric worse than none, and better than under plans of other prompts; "no": any rival of
+            the rate or other prompts' plans are better, or there is one plan only; "partly": better
+            than the static one, with limits; else "unknown": what was measured does not show it.
         headline: the answer in a line.
         sentences: what it rests on.
     """
@@ -163,6 +163,9 @@ def _compared(row: Row, rows: Sequence[Row]) -> tuple[Answer, str]:
     limits = []
     if even:
         limits.append(f"no difference shown to {_with_differences(against, _LOSS, even)}")
+    if alike := [key for key in _with_outcome(against, metric, "even") if not _bleu(against[key])]:
+        gains = _with_differences(against, metric, alike)
+        limits.append(f"by {_short(metric)} no difference shown to {gains}")
     if worse := _with_outcome(found, metric, "worse"):
         limits.append(f"by {_short(metric)} WORSE than {_with_differences(found, metric, worse)}")
     if unequal := _unequal(row, rows, against):
@@ -171,7 +174,12 @@ def _compared(row: Row, rows: Sequence[Row]) -> tuple[Answer, str]:
     better = f"By cross-entropy better than {which} trained rivals of its rate"
     if limits:
         return "partly", f"{better}, but {'; '.join(limits)}."
-    return "yes", (f"{better}, by {_short(metric)} worse than none, and {_what_plans_fit(row)}.")
+    return "yes", f"{better}, likewise by the answers, and {_what_plans_fit(row)}."
+
+
+def _bleu(entry: Mapping[str, Any]) -> bool:
+    """Whether FiRST is better than a control by BLEU, which serves where ROUGE-L shows nothing."""
+    return "bleu" in entry and outcome(entry, "bleu") == "better"
 
 
 def _with_outcome(entries: Entries, metric: str, wanted: Outcome) -> list[str]:

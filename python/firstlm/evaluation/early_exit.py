@@ -27,7 +27,8 @@ from firstlm.skip_plan import SkipPlan
 
 NOTE = (
     "early exit by confidence: keys and values of the layers above an exit are computed all the "
-    "same, for later tokens that go deeper; it saves no time, and its quality is an upper bound"
+    "same, for later tokens that go deeper; it saves no time, and its quality is an upper bound; "
+    "it is measured on the hf path, whatever the others run on"
 )
 _SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 _NEVER = 2.0  # a threshold that no probability passes

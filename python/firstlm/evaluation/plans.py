@@ -6,7 +6,7 @@ N examples, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +97,8 @@ class Plans:
         data = EvaluationData([], list(examples), 0)
         batches = data.batches(self._run.effort.batch_size)
         found: list[Any] = [None] * len(examples)
-        with self._run.bar(f"plans at {arm['budget']:g}: examples", len(examples)) as update:
+        at = f" at {arm['budget']:g}" if "budget" in arm else ""
+        with self._run.bar(f"plans{at}: examples", len(examples)) as update:
             for batch in batches:
                 mask = weights.path.plans([examples[i] for i in batch], arm)
                 for row, i in zip(mask, batch, strict=True):
@@ -147,12 +148,7 @@ class Plans:
             return by_length.of(torch.tensor([len(e.prompt_ids) for e in run.data.test]))
 
         def find() -> list[str]:
-            found: dict[int, torch.Tensor] = {}
-            for batch in run.batches:
-                prompts = weights.pad([run.data.test[i] for i in batch])
-                plans = weights.model.plan(**_on(weights.model, prompts)).skip_plans
-                found |= {i: plan.to_mask() for i, plan in zip(batch, plans, strict=True)}
-            return mask_to_bits(torch.stack([found[i] for i in range(len(found))]))
+            return mask_to_bits(self._routed(weights, {}, run.data.test))
 
         key = {"what": "trained", "weights": weights.key, **run.prints, **weights.quality_key}
         return bits_to_mask(run.once(key, find))
@@ -231,7 +227,3 @@ def mask_to_bits(mask: torch.Tensor) -> list[str]:
 def bits_to_mask(bits: Sequence[str]) -> torch.Tensor:
     """The inverse of `mask_to_bits`."""
     return torch.tensor([[bit == "1" for bit in row] for row in bits])
-
-
-def _on(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}

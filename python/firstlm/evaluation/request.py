@@ -80,10 +80,11 @@ class Request:
     def check(self) -> None:
         rules.check_folders(self.first, "checkpoints")
         for name, folders in self.trained.items():
-            if not name.isidentifier() or name == "base":
+            if not name.isidentifier() or name == "base" or name.startswith("shuffled"):
                 raise ValueError(
                     f"trained {name!r}: give a rival a name of letters, digits and _, as static, "
-                    "lora_only or one of your own; base is what was not trained"
+                    "lora_only or one of your own; base is what was not trained, and shuffled… "
+                    "are FiRST's plans for other prompts"
                 )
             rules.check_folders(folders, f"trained {name}")
         rules.check_controls(self.controls, self.weights)

@@ -329,8 +329,8 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
         )  # fmt: skip
     tpot = _joined(timed, "tpot_ms")
     # Plans, and so times, differ between prompts: medians over repeats, then means over prompts.
-    own, full = (_by_prompt(timed, name) for name in ("tpot_ms", "full_tpot_ms"))  # [prompts]
-    chosen = np.random.default_rng(seed).integers(0, len(own), (RESAMPLES, len(own)))
+    own, full = (_by_prompt(timed, name) for name in ("tpot_ms", "full_tpot_ms"))  # [K, prompts]
+    chosen = _resampled(own.shape, seed)
     speedup = float(full.mean() / own.mean())
     ideal = float(np.mean([timing.ideal_speedup for timing in timed]))
     first = timed[0]
@@ -341,7 +341,7 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
         "full_ttft_ms": figures.measured(_joined(timed, "full_ttft_ms")),
         "tokens_per_s": figures.measured(1000 / np.asarray(tpot)),
         "speedup": speedup,
-        "speedup_ci95": _interval(full[chosen].mean(1) / own[chosen].mean(1)),
+        "speedup_ci95": _interval(full[chosen].mean((1, 2)) / own[chosen].mean((1, 2))),
         "ideal_speedup": ideal,
         "achieved_ratio": speedup / ideal,
         "kv_bytes": float(np.mean(_joined(timed, "kv_bytes"))),
@@ -350,11 +350,20 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
             "engine": first.engine,
             "precision": first.precision,
             "threads": first.threads,
-            "prompts": sum(timing.prompts for timing in timed),
+            "prompts": first.prompts,
+            "seeds": len(timed),
             "repeats": first.repeats,
             "new_tokens": first.new_tokens,
         },
     }
+
+
+def _resampled(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of R draws from [seeds, prompts], each axis resampled as a whole: seeds of one prompt
+    are no prompts of their own."""
+    draws = np.random.default_rng(seed)
+    seeds, prompts = (draws.integers(0, size, (RESAMPLES, size)) for size in shape)
+    return seeds[:, :, None], prompts[:, None, :]
 
 
 def _joined(timings: Sequence[Timing], name: str) -> list[float]:
@@ -362,8 +371,8 @@ def _joined(timings: Sequence[Timing], name: str) -> list[float]:
 
 
 def _by_prompt(timings: Sequence[Timing], name: str) -> np.ndarray:
-    """Medians over the repeats of each prompt; the prompts of all seeds one after the other."""
-    return np.concatenate(
+    """Medians over the repeats of each prompt, [K, prompts]: all seeds were timed on the same."""
+    return np.stack(
         [
             np.median(np.asarray(getattr(timing, name)).reshape(timing.prompts, -1), axis=1)
             for timing in timings

@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from firstlm import decode_paths, loading
 from firstlm.budget import calibrate_thresholds, rate_key
 from firstlm.checkpoint import read_router_config
-from firstlm.data import pad_prompts
 from firstlm.decode_paths import DecodePath
 from firstlm.engine.source import source_folders, source_key
 from firstlm.evaluation.records import Method
-from firstlm.held_out import Example
 
 if TYPE_CHECKING:
     from firstlm.evaluation.run import Run
@@ -91,9 +87,6 @@ class Weights:
             self.model, self._run.tokenizer, kind,
             None if kind == "hf" else request.precision, None, self._run.threads, self._run.show,
         )  # fmt: skip
-
-    def pad(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        return pad_prompts([e.prompt_ids for e in examples], self._run.tokenizer)
 
     def _find_all_thresholds(self) -> None:
         """An engine keeps the thresholds that the model has when it is made."""
