@@ -189,6 +189,20 @@ def test_one_seed_is_compared_with_all_seeds_or_draws_of_a_rival(name: str, weig
     assert difference["ci95"][0] < 0 < difference["ci95"][1]
 
 
+def test_seeds_that_were_timed_on_the_same_prompts_are_no_more_prompts() -> None:
+    """Seeds that are equal tell no more than one of them."""
+    widths = []
+    for seeds in (1, 4):
+        first = result(FIRST, 0.1, plans=5)
+        timing = replace(first.timing, tpot_ms=[1.0 + 0.1 * p for p in range(8) for _ in range(3)])
+        methods = [
+            replace(first, timing=timing, method=replace(FIRST, seed=k)) for k in range(seeds)
+        ]
+        row = rows(Evaluation({}, methods))[-1]
+        widths.append(np.diff(row["speedup_ci95"])[0])
+    assert widths[1] == pytest.approx(widths[0], rel=0.1) and widths[0] > 0.05
+
+
 def test_a_row_says_which_plans_ran_and_how_fast() -> None:
     found = rows(evaluation(n=20))
     first = next(r for r in found if r["method"] == "first" and r["seed"] == "all")
