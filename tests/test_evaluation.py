@@ -434,6 +434,7 @@ def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
         ({"precision": "int8"}, "none is used"),
         ({"trained": {"static": "nowhere"}}, "nowhere is no folder of a checkpoint"),
         ({"trained": {"my-rival": "nowhere"}}, "give a rival a name"),
+        ({"trained": {"shuffled_mine": "nowhere"}}, "give a rival a name"),
         ({"skip_rates": [0.7], "trained": {"static": "static"}}, "was trained for a skip rate"),
         ({"data": []}, "no task"),
         ({"effort": {"exampels": 3}}, "setting 'exampels'; did you mean 'examples'"),
@@ -487,6 +488,8 @@ def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.strip() == (folder / "oracle.md").read_text().strip()
     assert command(*own, "--oracle", "--threads", 1, "--controls", "base") == 2
     assert "has no use for --controls, --threads" in capsys.readouterr().err
+    assert command(*own, "--candidates", 4) == 2
+    assert "--oracle tries" in capsys.readouterr().err
     assert command(*own, "--controls", "nothing") == 1
     assert "unknown control 'nothing'" in capsys.readouterr().err
     assert command(*own, "--trained", "static") == 2

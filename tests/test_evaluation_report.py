@@ -86,6 +86,14 @@ def test_answers_that_are_not_better_are_not_a_yes() -> None:
     assert "but by ROUGE-L no difference shown to best static plan + LoRA: +0." in found.headline
 
 
+def test_answers_that_are_better_by_bleu_alone_are_enough() -> None:
+    figures = rows(Evaluation({}, [result(FIRST, 0.1, plans=5), *AS_GOOD]), resamples=200)
+    for entry in figures[0]["vs"].values():
+        entry["bleu"] |= {"delta": 2.0, "ci95": [1.0, 3.0], "p": 0.001}
+    (verdict,) = verdicts(figures)
+    assert verdict.answer == "yes"
+
+
 def test_worse_answers_are_not_a_yes() -> None:
     static, *others = AS_GOOD
     first = answering(result(FIRST, 0.1, plans=5), "nothing of it")

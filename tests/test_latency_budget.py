@@ -55,9 +55,7 @@ def test_the_full_model_is_the_fallback_and_says_why() -> None:
     nothing_holds, looked_at = choose(dict.fromkeys(QUALITY, 0.5), min_quality=0.9)
     assert (nothing_holds.rate, nothing_holds.met) == (FULL, False)
     assert sorted(looked_at) == sorted(QUALITY)
-    assert nothing_holds.reason.startswith(
-        "no rate (0.2, 0.3, 0.4, 0.5) keeps"
-    )  # no speed was asked for
+    assert nothing_holds.reason.startswith("no rate (0.2, 0.3, 0.4, 0.5) keeps")
 
 
 def test_a_limit_that_the_full_model_keeps_is_met_by_it() -> None:

@@ -395,7 +395,7 @@ def all_phases(name: str) -> Phase:
 
 
 @pytest.mark.parametrize("name", ["routers", "lora", "warmup"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_interrupt_and_resume_gives_the_weights_of_an_uninterrupted_run_to_the_bit(
     name, dtype, tmp_path
 ):

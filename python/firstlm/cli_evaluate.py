@@ -178,6 +178,8 @@ def evaluate(
         "prompt_column": prompt_column, "answer_column": answer_column,
         "messages_column": messages_column,
     }  # fmt: skip
+    if candidates is not None and not oracle:
+        raise typer.BadParameter("--candidates is the number of plans that --oracle tries")
     if oracle:
         if ignored := _given_in_vain(context):
             raise typer.BadParameter(

@@ -22,42 +22,42 @@ class MasterWeights:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._pairs = {
-            id(p): (p, torch.nn.Parameter(p.detach().to(torch.float32)))
+        self._masters = {
+            p: torch.nn.Parameter(p.detach().to(torch.float32))
             for p in parameters
             if p.dtype in (torch.bfloat16, torch.float16)
         }
 
     def of(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
         """The copy that the optimizer is to be given; the parameter itself if it has none."""
-        return self._pairs.get(id(parameter), (None, parameter))[1]
+        return self._masters.get(parameter, parameter)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's steps read gradients from, and write weights to, the model.
 
         Its state_dict holds the copies, so a resumed run goes on from unrounded weights.
         """
-        if self._pairs:
+        if self._masters:
             optimizer.register_step_pre_hook(self._take_gradients)
             optimizer.register_step_post_hook(self._give_weights)
             optimizer.register_state_dict_post_hook(self._save)
             optimizer.register_load_state_dict_pre_hook(self._load)
 
     def _take_gradients(self, *_: Any) -> None:
-        for parameter, master in self._pairs.values():
+        for parameter, master in self._masters.items():
             grad = parameter.grad
             master.grad = None if grad is None else grad.to(master.dtype)
 
     @torch.no_grad()
     def _give_weights(self, *_: Any) -> None:
-        for parameter, master in self._pairs.values():
+        for parameter, master in self._masters.items():
             parameter.copy_(master)
             master.grad = None
 
     def _save(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        state[_KEY] = [master.detach() for _, master in self._pairs.values()]
+        state[_KEY] = [master.detach() for master in self._masters.values()]
 
     @torch.no_grad()
     def _load(self, _: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        for (_, master), saved in zip(self._pairs.values(), state[_KEY], strict=True):
+        for master, saved in zip(self._masters.values(), state[_KEY], strict=True):
             master.copy_(saved)

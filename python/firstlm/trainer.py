@@ -243,12 +243,12 @@ class Trainer(transformers.Trainer):
             learn = [p for p in self.model.parameters() if p.requires_grad]
             masters = MasterWeights(learn)
             decay = self.args.weight_decay
+            of_routers = [masters.of(p) for p in learn if id(p) in routers]
+            of_adapter = [masters.of(p) for p in learn if id(p) not in routers]
             groups: list[dict[str, Any]] = [
-                {"params": [], "weight_decay": decay},
-                {"params": [], "weight_decay": decay},
+                {"params": of_routers, "weight_decay": decay},
+                {"params": of_adapter, "weight_decay": decay},
             ]
-            for parameter in learn:
-                groups[id(parameter) not in routers]["params"].append(masters.of(parameter))
             if self.phase.train_routers and self.phase.adapter_lr is not None:
                 groups[1]["lr"] = self.phase.adapter_lr
             self.optimizer = cls([g for g in groups if g["params"]], **kwargs)

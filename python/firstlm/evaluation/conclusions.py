@@ -163,7 +163,9 @@ def _compared(row: Row, rows: Sequence[Row]) -> tuple[Answer, str]:
     limits = []
     if even:
         limits.append(f"no difference shown to {_with_differences(against, _LOSS, even)}")
-    if alike := [key for key in _with_outcome(against, metric, "even") if not _bleu(against[key])]:
+    if alike := [
+        key for key in _with_outcome(against, metric, "even") if not _better_by_bleu(against[key])
+    ]:
         gains = _with_differences(against, metric, alike)
         limits.append(f"by {_short(metric)} no difference shown to {gains}")
     if worse := _with_outcome(found, metric, "worse"):
@@ -177,7 +179,7 @@ def _compared(row: Row, rows: Sequence[Row]) -> tuple[Answer, str]:
     return "yes", f"{better}, likewise by the answers, and {_what_plans_fit(row)}."
 
 
-def _bleu(entry: Mapping[str, Any]) -> bool:
+def _better_by_bleu(entry: Mapping[str, Any]) -> bool:
     """Whether FiRST is better than a control by BLEU, which serves where ROUGE-L shows nothing."""
     return "bleu" in entry and outcome(entry, "bleu") == "better"
 
