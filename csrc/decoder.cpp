@@ -93,6 +93,7 @@ Decoder::Decoder(DecoderConfig config, DecoderWeights weights, const Kernels& ke
       buffers_(std::make_unique<Buffers>()) {
   check_config(config_);
   check_weights(config_, weights_);
+  counters_.layer_runs.resize(config_.L);
 }
 
 Decoder::~Decoder() = default;
@@ -247,7 +248,7 @@ void Decoder::Pass::count(int64_t layer, bool first_chunk) {
   const LayerWeights& weights = decoder.weights_.layers[layer];
   DecoderCounters& counters = decoder.counters_;
   if (first_chunk) {
-    counters.layer_runs += 1;
+    counters.layer_runs[layer] += 1;
     counters.weight_bytes += weights.qkv.bytes() + weights.output.bytes() +
                              weights.gate_up.bytes() + weights.down.bytes();
     for (const Segment& segment : given) counters.segment_runs += runs(segment, layer);

@@ -103,10 +103,10 @@ struct Segment {
 // What forward has read and run, summed over its calls.
 struct DecoderCounters {
   int64_t forwards = 0;
-  int64_t weight_bytes = 0;  // of layers that any segment ran, and the head
-  int64_t cache_bytes = 0;   // of keys and values that were attended to
-  int64_t layer_runs = 0;    // layers that any segment ran
-  int64_t segment_runs = 0;  // (segment, layer) pairs
+  int64_t weight_bytes = 0;         // of layers that any segment ran, and the head
+  int64_t cache_bytes = 0;          // of keys and values that were attended to
+  std::vector<int64_t> layer_runs;  // [L]: times that any segment ran the layer
+  int64_t segment_runs = 0;         // (segment, layer) pairs
   int64_t router_nanoseconds = 0;
 };
 

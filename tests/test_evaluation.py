@@ -397,6 +397,24 @@ def test_a_plan_that_is_not_followed_raises(folders, data, tmp_path, monkeypatch
         run(folders["first"], data, tmp_path / "2", **options)
 
 
+def test_an_engine_that_runs_as_many_but_other_layers_raises(
+    folders, data, tmp_path, monkeypatch
+) -> None:
+    answers = decode_paths.NativePath.answers
+
+    def other_plan(self, examples, arm, max_new_tokens):
+        keep = arm["skip_plan"].to_mask()
+        dropped, kept = int((~keep).nonzero()[0]), int(keep.nonzero()[-1])
+        keep[dropped], keep[kept] = True, False
+        arm = {"skip_plan": firstlm.SkipPlan.from_mask(keep)}
+        return answers(self, examples, arm, max_new_tokens)
+
+    monkeypatch.setattr(decode_paths.NativePath, "answers", other_plan)
+    with pytest.raises(decode_paths.PlanNotFollowed, match="the layers ran"):
+        run(folders["first"], data, tmp_path, engine="native", precision="float32",
+            controls=("uniform",), weights=("first",))  # fmt: skip
+
+
 def test_a_control_of_other_steps_is_refused(folders, data, tmp_path) -> None:
     copy = shutil.copytree(folders["static"].parent, tmp_path / "static")
     (copy / "result.json").write_text(json.dumps({"phases": [{"steps": 11}]}))

@@ -81,7 +81,7 @@ py::dict counters(NativeDecoder& decoder) {
   counters["forwards"] = values.forwards;
   counters["weight_bytes"] = values.weight_bytes;
   counters["cache_bytes"] = values.cache_bytes;
-  counters["layer_runs"] = values.layer_runs;
+  counters["layer_runs"] = py::cast(values.layer_runs);
   counters["sequence_layer_runs"] = values.segment_runs;
   counters["router_seconds"] = 1e-9 * static_cast<double>(values.router_nanoseconds);
   return counters;

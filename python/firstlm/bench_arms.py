@@ -206,7 +206,7 @@ class NativeArm(Arm):
             before = self._decoder.counters()
             self.again(2)
             after = self._decoder.counters()
-            read[layers] = {name: after[name] - before[name] for name in after}
+            read[layers] = {n: after[n] - before[n] for n in ("weight_bytes", "cache_bytes")}
         weights = read[L]["weight_bytes"]
         layer = (weights - read[1]["weight_bytes"]) // max(L - 1, 1)
         kv_token = read[L]["cache_bytes"] // (L * (T + 1))

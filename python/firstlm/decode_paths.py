@@ -143,10 +143,11 @@ class NativePath:
         for example, plan in zip(examples, mask_to_plans(keep), strict=True):
             text = self.answers([example], {"skip_plan": plan}, max_new_tokens)[0]
             stats = self._engine.stats
-            if stats.layer_runs != len(plan.kept) * stats.steps:
+            asked = [stats.steps * kept for kept in plan.to_mask().tolist()]
+            if stats.steps and stats.layer_runs != asked:
                 raise PlanNotFollowed(
-                    f"{stats.layer_runs} layers ran in {stats.steps} steps under a plan of "
-                    f"{len(plan.kept)}"
+                    f"in {stats.steps} steps the layers ran {stats.layer_runs} times under a plan "
+                    f"that keeps {plan.kept}"
                 )
             found.append((text, float(len(plan.kept))))
         return found

@@ -23,7 +23,7 @@ class EngineStats:
         ttft_ms: from the call to the first token.
         decode_ms, steps: from there to the last token.
         weight_bytes, cache_bytes: of weights and of keys and values, read in these steps.
-        layer_runs: layers run in these steps, each counted once a step.
+        layer_runs: [L], in how many of these steps each layer was run; empty before the first.
         kv_bytes, kv_bytes_full: held by keys and values at the end, and what they would be if no
             layer were skipped.
         router_ms: of the prefill, spent on routers.
@@ -40,7 +40,7 @@ class EngineStats:
     steps: int = 0
     weight_bytes: int = 0
     cache_bytes: int = 0
-    layer_runs: int = 0
+    layer_runs: list[int] = field(default_factory=list)
     kv_bytes: int = 0
     kv_bytes_full: int = 0
     router_ms: float = 0.0
@@ -78,7 +78,7 @@ class EngineStats:
     @property
     def layers_per_step(self) -> float:
         """Layers run a step."""
-        return self.layer_runs / self.steps if self.steps else 0.0
+        return sum(self.layer_runs) / self.steps if self.steps else 0.0
 
     @property
     def bandwidth_share(self) -> float | None:
