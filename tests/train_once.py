@@ -40,7 +40,7 @@ def settings(base: str, output_dir: str) -> dict[str, Any]:
         "accumulation": 2,
         "batch_size": 2,
         "data": {"validation_prompts": 250, "test_prompts": 250},
-        "router": {"protected": [0]},
+        "router": {"protected": [0], "keep_bias": "importance"},
         "warmup": {"steps": 10},
         "routers": {"steps": 30, "lr": 0.01, "hold": "shared", "hold_window": 16},
         "lora": {"steps": 40, "rank": 4, "dropout": 0.1, "hold_window": 16},

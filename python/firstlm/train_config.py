@@ -23,6 +23,8 @@ from firstlm.atomic import write_text
 from firstlm.settings import ConfigField, build_settings, fields_of, flatten, raise_all, setting
 from firstlm.train_config_check import PHASES, complaints_about
 
+LrSchedule = Literal["constant", "linear", "cosine"]
+
 
 @dataclass
 class DataConfig:
@@ -70,12 +72,12 @@ class RouterSettings:
         [0, 1, -1], "layers that are never skipped; negative from the end"
     )
     keep_bias: float | Literal["importance", "plans"] = setting(
-        "importance",
+        "plans",
         "initial logit of keeping; `importance`: from each layer's measured CE loss; `plans`: the "
         "best plan of each task is searched, and routers start as classifiers of these plans",
     )
     keep_bias_spread: float = setting(
-        2.0,
+        3.0,
         "importance: logits span +-spread around the one that gives skip_rate; plans: they aim at "
         "+-spread",
     )
@@ -99,9 +101,7 @@ class PhaseConfig:
     steps: int = setting(100, "optimizer steps")
     epochs: float | None = setting(None, "passes over the training examples, in place of steps")
     lr: float = setting(1e-3, "peak learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
-        "linear", "decay after the warm-up"
-    )
+    lr_schedule: LrSchedule = setting("linear", "decay after the first steps")
     lr_warmup: float = setting(0.05, "share of the steps with rising learning rate")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
 
@@ -110,18 +110,19 @@ class PhaseConfig:
 class WarmupConfig(PhaseConfig):
     """LoRA with random layer drop, so that the model survives skipping before routers learn."""
 
-    lr: float = setting(1e-3, "peak learning rate")
-    drop_rate_start: float = setting(0.0, "expected share of dropped layers at the first step")
+    steps: int = setting(150, "optimizer steps")
+    lr_schedule: LrSchedule = setting("constant", "decay after the first steps")
+    drop_rate_start: float = setting(0.1, "expected share of dropped layers at the first step")
     drop_rate_end: float | None = setting(None, "... once the ramp is over; default: skip_rate")
-    drop_ramp: float = setting(0.5, "share of the steps over which the rate rises (linearly)")
+    drop_ramp: float = setting(0.3, "share of the steps over which the rate rises (linearly)")
     drop_rate_spread: float = setting(
-        1.0, "each sequence's rate is drawn from rate * (1 - spread .. 1 + spread)"
+        0.3, "each sequence's rate is drawn from rate * (1 - spread .. 1 + spread)"
     )
     drop_weights: Literal["uniform", "importance"] = setting(
         "importance", "how likely each layer is to be dropped: alike, or unimportant ones more"
     )
     drop_temperature: float = setting(
-        0.5, "importance: weight = exp(-CE increase / temperature); large is uniform"
+        0.3, "importance: weight = exp(-CE increase / temperature); large is uniform"
     )
     distill: DistillConfig = field(default_factory=DistillConfig)
 
@@ -130,7 +131,8 @@ class WarmupConfig(PhaseConfig):
 class RoutersConfig(PhaseConfig):
     """Phase 1: routers alone. loss = CE + alpha * kept share + lambda * ||router||^2."""
 
-    lr: float = setting(1e-3, "peak learning rate of the routers")
+    steps: int = setting(30, "optimizer steps")
+    lr: float = setting(3e-4, "peak learning rate of the routers")
     gate: Literal["soft", "straight_through"] = setting(
         "straight_through", "how gates act while training"
     )
@@ -160,7 +162,9 @@ class RoutersConfig(PhaseConfig):
 class LoraPhaseConfig(PhaseConfig):
     """Phase 2: LoRA with frozen routers and hard gates. Its adapter is that of all phases."""
 
-    lr: float = setting(5e-4, "peak learning rate of the adapter")
+    steps: int = setting(620, "optimizer steps")
+    lr: float = setting(2e-3, "peak learning rate of the adapter")
+    lr_schedule: LrSchedule = setting("cosine", "decay after the first steps")
     rank: int = setting(16, "LoRA rank")
     alpha: float = setting(32.0, "LoRA alpha")
     dropout: float = setting(0.0, "LoRA dropout")
@@ -210,7 +214,7 @@ class TrainConfig:
     batch_size: int = setting(8, "sequences per process and forward pass")
     accumulation: int = setting(1, "forward passes per optimizer step")
     group_by_length: bool = setting(
-        False, "examples of like length share an optimizer step: less padding"
+        True, "examples of like length share an optimizer step: less padding"
     )
     sequence_average: float = setting(
         0.0, "share of the CE that averages over sequences first; the rest over all answer tokens"
@@ -241,7 +245,7 @@ class TrainConfig:
     plan_search_trade: int = setting(
         1, "plans: how many layers more or fewer than the common plan a task may skip"
     )
-    plan_search_trials: int = setting(40, "plans: swaps of two layers that are tried for each task")
+    plan_search_trials: int = setting(24, "plans: swaps of two layers that are tried for each task")
     calibrate_rates: list[float] = setting(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "rates that generate(budget=...) finds in the checkpoint"
     )
