@@ -397,6 +397,18 @@ def test_a_plan_that_is_not_followed_raises(folders, data, tmp_path, monkeypatch
         run(folders["first"], data, tmp_path / "2", **options)
 
 
+def test_routers_whose_answers_run_other_layers_raise(folders, data, tmp_path, monkeypatch) -> None:
+    losses = decode_paths.HfPath.losses
+
+    def unskipped(self, examples, arm):
+        full = {"skip_plan": firstlm.SkipPlan.full(LAYERS)}
+        return losses(self, examples, full if "budget" in arm else arm)
+
+    monkeypatch.setattr(decode_paths.HfPath, "losses", unskipped)
+    with pytest.raises(checks.CheckFailed, match="under the plans they choose"):
+        run(folders["first"], data, tmp_path, controls=(), weights=("first",))
+
+
 def test_an_engine_that_runs_as_many_but_other_layers_raises(
     folders, data, tmp_path, monkeypatch
 ) -> None:
@@ -435,6 +447,10 @@ def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
         TrainConfig().to_yaml(run_folder / "config.yaml")
     own, rival = (str(run_folder / "checkpoint") for run_folder in runs.values())
     assert checks.check_steps(own, {"static": rival}) == "12 steps"
+    TrainConfig.from_dict({"lora": {"lr": 1e-4}}).to_yaml(runs["static"] / "config.yaml")
+    text = checks.check_steps(own, {"static": rival})
+    assert text == "12 steps; static: lora.lr 0.0001 instead of 0.002"
+    assert checks.run_settings([rival, own, None]) == {rival: "lora.lr=0.0001", own: ""}
     TrainConfig.from_dict({"batch_size": 2}).to_yaml(runs["static"] / "config.yaml")
     with pytest.raises(checks.CheckFailed, match="batch_size 2 instead of 8"):
         run(own, data, tmp_path / "out", trained={"static": [folders["static"], rival]})
@@ -504,6 +520,9 @@ def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:
     assert command(*own, "--examples", 6, "--validation", 6, *oracle) == 0
     folder = tmp_path / "out" / f"oracle-{RATE:g}"
     assert capsys.readouterr().out.strip() == (folder / "oracle.md").read_text().strip()
+    two = f"{folders['first']},{folders['second']}"
+    assert command("-c", two, *own[2:], *oracle) == 1
+    assert "one checkpoint a skip rate, not 2" in capsys.readouterr().err
     assert command(*own, "--oracle", "--threads", 1, "--controls", "base") == 2
     assert "has no use for --controls, --threads" in capsys.readouterr().err
     assert command(*own, "--candidates", 4) == 2

@@ -190,6 +190,23 @@ def test_a_budget_that_was_moved_to_long_answers_is_pointed_out() -> None:
     assert not any("layers spent" in line for line in judged(first, rival("static", 0.2)).sentences)
 
 
+def test_rivals_that_skip_another_share_are_named_where_first_lost_too() -> None:
+    first, better = result(FIRST, 0.3, plans=5), rival("static", 0.1)
+    more = [replace(e, kept=e.kept[:-2]) for e in better.examples]
+    lost = judged(first, replace(better, examples=more))
+    assert lost.answer == "no"
+    assert any("layers less than best static plan + LoRA" in line for line in lost.sentences)
+
+
+def test_a_rival_of_one_seed_is_also_set_against_this_seed_of_first() -> None:
+    firsts = [result(replace(FIRST, seed=seed), 0.1 + 0.2 * seed, plans=5) for seed in (0, 1)]
+    line = "Of seed 0 alone, the only one of these rivals, with intervals over prompts only: "
+    (said,) = [s for s in judged(*firsts, *AS_GOOD).sentences if s.startswith("Of seed")]
+    assert said.startswith(f"{line}best static plan + LoRA: -0.096 [")
+    assert "every n-th layer + LoRA: -0.196 [" in said and "shuffled" not in said
+    assert not any(s.startswith("Of seed") for s in judged(firsts[0], *AS_GOOD).sentences)
+
+
 def half(times: float) -> Evaluation:
     """FiRST at 50 %, whose tokens take `times` the time of all layers', at an ideal of 0.605."""
     first = result(Method("first", "first", 0.5), 0.1, n=5, plans=5)

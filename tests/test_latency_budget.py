@@ -34,6 +34,15 @@ def test_with_a_floor_the_fastest_that_holds_it_is_taken() -> None:
     assert choose(tpot_ms=5.0, min_quality=0.8)[0].rate == 0.5
 
 
+def test_a_floor_within_the_interval_is_called_not_certain() -> None:
+    def quality(rate: float) -> Quality:
+        return Quality("rouge_l", 0.9, 1.0, 0.9, (0.85, 0.95), 10)
+
+    reasons = [decide(Request(min_quality=q), TPOT, quality).reason for q in (0.88, 0.84)]
+    assert "not certain: its 95 % interval begins at 85.0%" in reasons[0]
+    assert "not certain" not in reasons[1]
+
+
 def test_without_a_floor_no_more_is_skipped_than_needed() -> None:
     decision, looked_at = choose(tpot_reduction=0.3)
     assert (decision.rate, decision.met, looked_at) == (0.3, True, [])

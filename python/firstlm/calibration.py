@@ -36,7 +36,7 @@ from firstlm.budget import (
 from firstlm.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_router_config
 from firstlm.decode_paths import DecodePath
 from firstlm.engine.source import source_folders, source_key
-from firstlm.held_out import Example, HeldOut, load_held_out
+from firstlm.held_out import Example, HeldOut, load_held_out, spread_over_tasks
 from firstlm.latency_budget import FULL, Decision, Request, decide
 from firstlm.measured_file import MeasuredFile
 from firstlm.quality import METRICS, Quality, Scored, compare
@@ -384,7 +384,8 @@ class _Run:
     ) -> dict[str, dict[str, Any]]:
         """rate_key -> {"tpot_ms": all values, "layers_per_token": mean}, over timing prompts."""
         named = {rate_key(rate): arm for rate, arm in arms.items()}
-        prompts = self.decoded[: self.effort.timing_prompts]
+        chosen = spread_over_tasks(self.decoded, self.effort.timing_prompts)
+        prompts = [self.decoded[i] for i in chosen]
         kept = self.measured.part("timings", str(path.facts))
         with self._bar("TPOT, full model and rates in turns: prompts", len(prompts)) as update:
             for index, example in enumerate(prompts):

@@ -254,7 +254,12 @@ def _oracle(
         of_rate = first.get(rate, first.get(None))
         if of_rate is None:
             raise ValueError(f"--checkpoint names no folder for the skip rate {rate:g}")
-        folder = of_rate[0]
+        if len(of_rate) > 1:
+            raise ValueError(
+                f"--oracle looks at one checkpoint a skip rate, not {len(of_rate)}: "
+                f"{', '.join(of_rate)}"
+            )
+        (folder,) = of_rate
         own = output / f"oracle-{rate:g}"
         chosen = OracleSettings(rate, **settings)
         run_oracle(

@@ -20,7 +20,7 @@ import numpy as np
 from firstlm.atomic import write_json
 
 SCHEMA_VERSION = 1
-VERSIONED_PACKAGES = ("firstlm", "torch", "transformers", "peft", "numpy", "llama_cpp_python")
+VERSIONED_PACKAGES = ("torch", "transformers", "peft", "numpy", "llama_cpp_python")
 
 
 def measured(values: Iterable[float]) -> dict[str, float | int]:
@@ -40,7 +40,10 @@ def measured(values: Iterable[float]) -> dict[str, float | int]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on, where installed."""
-    found = {"python": platform.python_version()}
+    import firstlm
+
+    # The package's own is known also where it runs from its source folder.
+    found = {"python": platform.python_version(), "firstlm": firstlm.__version__}
     for package in VERSIONED_PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

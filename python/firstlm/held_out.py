@@ -143,6 +143,13 @@ def load_examples(
     return found, too_long, len(dataset)
 
 
+def spread_over_tasks(examples: Sequence[Example], count: int) -> list[int]:
+    """Indices of `count` examples, at even distances where those of a task lie together."""
+    ordered = sorted(range(len(examples)), key=lambda i: examples[i].task)  # stable
+    count = min(count, len(examples))
+    return [ordered[(2 * i + 1) * len(examples) // (2 * count)] for i in range(count)]
+
+
 def rows_of(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
     """The rows of some examples."""
     return [example.row() for example in examples]

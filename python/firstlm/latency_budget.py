@@ -130,6 +130,9 @@ def decide(
             if qualities[rate].relative >= request.min_quality:
                 kept = f"{qualities[rate].relative:.1%} of {qualities[rate].metric}"
                 reason = f"the fastest that holds the floor: {less(rate)}, at {kept}"
+                interval = qualities[rate].ci95
+                if interval is not None and interval[0] < request.min_quality:
+                    reason += f" (not certain: its 95 % interval begins at {interval[0]:.1%})"
                 return Decision(rate, True, reason, qualities)
     if not fast and not full_is_fast:
         best = min(skipping, key=lambda r: median[r])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from firstlm.decode_paths import DecodePath
 from firstlm.held_out import Example
 from firstlm.settings import flatten
+from firstlm.skip_plan import SkipPlan, mask_to_plans
 from firstlm.train_config import TrainConfig
 
 # Settings that decide which examples a step sees.
@@ -19,6 +20,9 @@ _EXAMPLES = (
     "data.train", "data.max_length", "data.max_examples", "batch_size", "accumulation",
     "group_by_length",
 )  # fmt: skip
+# Settings, or sections, in which rivals should be trained alike; where they are not, it is said.
+_RECIPE = ("phases", "dtype", "precision", "sequence_average", "warmup.", "lora.")
+_SAME_LOSS = 1e-2  # relative; 16-bit weights add up in another order
 
 
 class CheckFailed(RuntimeError):
@@ -35,7 +39,7 @@ def check_skipping_matters(
     """
     keep = torch.zeros(num_layers, dtype=torch.bool)
     keep[list(protected) or [num_layers - 1]] = True
-    plans = [_plan(keep), _plan(torch.ones_like(keep))]
+    plans = [SkipPlan.from_mask(keep), SkipPlan.full(num_layers)]
     with path.any_plan():
         without, full = (path.losses(examples, {"skip_plan": plan}) for plan in plans)
     losses = [sum(loss for loss, _ in part) for part in (without, full)]
@@ -51,7 +55,8 @@ def check_skipping_matters(
 def check_routed_plans(
     path: DecodePath, examples: Sequence[Example], keep: torch.Tensor, rate: float
 ) -> str:
-    """Prompts that are read by the routers get the plans `keep` [N, L] that are measured.
+    """Prompts that are read by the routers get the plans `keep` [N, L] that are measured, and
+    answers the losses that they have under these plans.
 
     Raises:
         CheckFailed: they do not.
@@ -61,6 +66,15 @@ def check_routed_plans(
         wrong = int((own != keep).any(1).sum())
         raise CheckFailed(
             f"the routers give {wrong} of {len(keep)} prompts another plan than was measured"
+        )
+    routed, planned = (
+        sum(loss for loss, _ in path.losses(examples, arm))
+        for arm in ({"budget": rate}, {"skip_plan": mask_to_plans(keep)})
+    )
+    if not math.isclose(routed, planned, rel_tol=_SAME_LOSS):
+        raise CheckFailed(
+            f"the answers' loss is {routed:.4f} nats where routers choose the layers and "
+            f"{planned:.4f} under the plans they choose"
         )
     return f"{len(keep)} prompts"
 
@@ -91,11 +105,14 @@ def check_steps(first: str, controls: Mapping[str, str]) -> str:
         first: FiRST's checkpoint.
         controls: method key -> checkpoint.
 
+    Returns:
+        The number, and where controls were trained in another way otherwise.
+
     Raises:
         CheckFailed: one took another number, or others.
     """
     own = optimizer_steps(first)
-    unknown = []
+    unknown, otherwise = [], []
     for name, folder in controls.items():
         steps = optimizer_steps(folder)
         if steps is None or own is None:
@@ -105,27 +122,39 @@ def check_steps(first: str, controls: Mapping[str, str]) -> str:
                 f"{name} was trained for {steps} optimizer steps and FiRST for {own}: a control "
                 "gets FiRST's number over all phases"
             )
-        if other := _other_settings(Path(first).parent, Path(folder).parent):
+        runs = Path(first).parent, Path(folder).parent
+        if other := _other_settings(*runs, _EXAMPLES):
             raise CheckFailed(f"{name} was trained on other examples than FiRST: {other}")
+        if other := _other_settings(*runs, _RECIPE):
+            otherwise.append(f"{name}: {other}")
     if own is None:
         return f"unknown: no result.json beside {first}"
-    return f"{own} steps" + (f"; unknown of {', '.join(unknown)}" if unknown else "")
+    found = [f"{own} steps", *([f"unknown of {', '.join(unknown)}"] if unknown else []), *otherwise]
+    return "; ".join(found)
 
 
-def _other_settings(first: Path, control: Path) -> str:
-    """What decides which examples a step sees, where the configs of two runs differ in it."""
+def run_settings(checkpoints: Iterable[str | None]) -> dict[str, str]:
+    """Checkpoint -> settings of its run that are not the defaults, where its folder says them."""
+    default = TrainConfig()
+    found = {}
+    for folder in dict.fromkeys(checkpoints):
+        if folder is not None and (file := Path(folder).parent / "config.yaml").is_file():
+            config = TrainConfig.from_yaml(file)
+            values = dict(flatten(config.to_dict()))
+            found[folder] = " ".join(f"{n}={values[n]}" for n in config.difference(default))
+    return found
+
+
+def _other_settings(first: Path, control: Path, names: tuple[str, ...]) -> str:
+    """In which of the settings, or sections, the configs of two runs differ."""
     files = [run / "config.yaml" for run in (first, control)]
     if not all(file.is_file() for file in files):
         return ""
     own, other = (dict(flatten(TrainConfig.from_yaml(file).to_dict())) for file in files)
+    if any("warmup" not in config["phases"] for config in (own, other)):
+        names = tuple(name for name in names if name != "warmup.")
     return ", ".join(
         f"{name} {other[name]} instead of {own[name]}"
-        for name in _EXAMPLES
-        if other[name] != own[name]
+        for name in own
+        if name.startswith(names) and other[name] != own[name]
     )
-
-
-def _plan(keep: torch.Tensor) -> Any:
-    from firstlm.skip_plan import SkipPlan
-
-    return SkipPlan.from_mask(keep)

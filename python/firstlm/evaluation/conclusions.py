@@ -207,7 +207,7 @@ def _what_plans_fit(row: Row) -> str:
 
 
 def _unequal(row: Row, rows: Sequence[Row], against: Entries) -> str:
-    """By how many layers FiRST skips less or more than trained rivals, by over half of one."""
+    """By how many layers FiRST skips less or more than rivals, by over half of one."""
     others = _of_rate(row, rows)
     found = []
     for key in against:
@@ -257,6 +257,7 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
             sentences.append(
                 f"By {_short(metric)}, of the controls {kind}: {_ranked(entries, metric)}."
             )
+    sentences += _of_one_seed(row, rows)
     if not trained(found):
         sentences.append("No control of this rate was trained: what LoRA would heal is not known.")
     flips = [
@@ -268,6 +269,27 @@ def _against_rivals(row: Row, rows: Sequence[Row]) -> list[str]:
         each = _with_differences(found, "cross_entropy_by_prompt", flips)
         sentences.append(f"Where every prompt counts alike, not every token, this differs: {each}.")
     return sentences
+
+
+def _of_one_seed(row: Row, rows: Sequence[Row]) -> list[str]:
+    """FiRST's mean over its seeds is set against rivals of one: beside it, that seed's own pair."""
+    if row["seed"] != "all":
+        return []
+    alone = {
+        (r["seed"],): r
+        for r in rows
+        if is_own(r) and r["skip_rate_asked"] == row["skip_rate_asked"] and r["seed"] != "all"
+    }
+    others = _of_rate(row, rows)
+    found: dict[tuple[int, ...], list[str]] = {}
+    for key in trained(rivals(row, rows)):
+        found.setdefault(tuple(others[key]["seeds"]), []).append(key)
+    return [
+        f"Of seed {seeds[0]} alone, the only one of these rivals, with intervals over prompts "
+        f"only: {_with_differences(alone[seeds]['vs'], _LOSS, keys)}."
+        for seeds, keys in found.items()
+        if seeds in alone
+    ]
 
 
 def _ranked(entries: Entries, metric: str) -> str:
@@ -321,15 +343,9 @@ def _plans(row: Row, rows: Sequence[Row]) -> list[str]:
         f"skip {row['skip_rate_asked']:.0%}, it skips {row['skip_rate']:.1%} by prompt and "
         f"{row['skip_rate_by_token']:.1%} by answer token."
     ]
-    others = _of_rate(row, rows)
-    unequal = [
-        f"{control_title(key)} {others[key]['skip_rate_by_token']:.1%}"
-        for key in rivals(row, rows)
-        if _layers_less(row, others[key], "skip_rate_by_token") > _HALF_A_LAYER
-    ]
-    if unequal:
+    if unequal := _unequal(row, rows, rivals(row, rows)):
         sentences.append(
-            f"By answer token it skips less than {', '.join(unequal)}: a part of what it gains is "
+            f"Not at the same skip rate: it skips {unequal}. A part of what lies between them is "
             "layers spent, not layers chosen."
         )
     return sentences

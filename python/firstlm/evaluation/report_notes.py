@@ -85,19 +85,33 @@ def how_measured(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
         "Routers read the prompt only.",
         "ROUGE (rouge-score, stemmed; its tokenizer knows a-z and digits only, which blurs "
         "German), BLEU and chrF (sacrebleu, defaults, over the corpus), exact match and token F1 "
-        "(by white space, lower case): of greedy answers.",
+        "(by white space, lower case): of greedy answers"
+        f"{_limit(evaluation.settings)}.",
         f"Brackets: 95 % intervals of a percentile bootstrap, {RESAMPLES} resamples of prompts "
         "within each task, the same for all methods, so that differences are paired; p is "
         "two-sided, from the same resamples, and not corrected for the number of comparisons. "
         "Better and worse: the interval excludes 0 and p < 0.05.",
         "Seeds: where a row has several, its value is their mean, and seeds are resampled too. "
-        "With two or three seeds such an interval is only a rough guide.",
+        "With two or three seeds such an interval is only a rough guide; a rival of one seed adds "
+        "nothing to it.",
         "Skipped: share of layer calls; by token: prompts weighted by their references' tokens.",
         _times(rows),
     ]
     if "bleu" not in rows[0]["metrics"]:
         lines.append("BLEU and chrF are missing: pip install 'firstlm[eval]' and report again.")
     return lines
+
+
+def _limit(settings: Mapping[str, Any]) -> str:
+    """How long answers may be, and how many references are longer."""
+    longer = settings.get("references_longer")
+    if longer is None:
+        return ""
+    limits = ", ".join(
+        f"{settings['max_new_tokens'][task]} for {task}, where {count} references are longer"
+        for task, count in longer.items()
+    )
+    return f" of so many tokens at most: {limits}"
 
 
 def _times(rows: Sequence[Row]) -> str:

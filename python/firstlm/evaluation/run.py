@@ -30,7 +30,7 @@ from firstlm.evaluation.records import Evaluation, ExampleResult, Method, Method
 from firstlm.evaluation.request import Effort, Request
 from firstlm.evaluation.store import Store, digest
 from firstlm.evaluation.weights import Weights
-from firstlm.held_out import Example, rows_of
+from firstlm.held_out import Example, rows_of, spread_over_tasks
 from firstlm.skip_plan import mask_to_plans
 from firstlm.tokenizer import load_tokenizer
 from firstlm.train_progress import bar
@@ -228,6 +228,13 @@ class Run:
             for task in self.data.tasks
         }
 
+    def _longer_references(self) -> dict[str, int]:
+        """Test references that no answer can be as long as, by task."""
+        return {
+            task: sum(len(e.answer_ids) > limit for e in self.data.test if e.task == task)
+            for task, limit in self._limits().items()
+        }
+
     def _measure(self, weights: Weights, method: Method) -> None:
         """The batches of this process that no file holds yet."""
         store = self.store.examples(method.key, self._key_of(weights, method))
@@ -325,7 +332,7 @@ class Run:
         group = [method for method in group if method.key not in self.plans.exits]
         if not self.main or not group:
             return
-        chosen = timing.timed_prompts(self.effort.timing_prompts, len(self.data.test))
+        chosen = spread_over_tasks(self.data.test, self.effort.timing_prompts)
         room = self.positions - self.effort.new_tokens
         chosen = [i for i in chosen if len(self.data.test[i].prompt_ids) <= room]
         if not chosen:
@@ -376,12 +383,11 @@ class Run:
                 for i, result in zip(batch, done[number], strict=True)
             }
             examples = [by_index[i] for i in range(len(self.data.test))]
-            results.append(
-                MethodResult(
-                    method, weights.num_layers, examples, self.timings.get(method.key),
-                    self.plans.notes[method.key],
-                )
-            )  # fmt: skip
+            notes = [*self.plans.notes[method.key]]
+            if method.name == rules.CONFIDENT_EXIT:
+                notes.append(early_exit.rates_note(examples, weights.num_layers))
+            timed = self.timings.get(method.key)
+            results.append(MethodResult(method, weights.num_layers, examples, timed, notes))
         counted = sum(len(r.examples) for r in results if r.method.name != rules.CONFIDENT_EXIT)
         self.checks["layer calls equal the plans"] = f"{counted} answers"
         if self.timings:
@@ -403,8 +409,10 @@ class Run:
             "dtype": None if request.dtype is None else str(request.dtype),
             "timing_engine": request.timing_engine,
             "max_new_tokens": self._limits(),
+            "references_longer": self._longer_references(),
             "effort": dataclasses.asdict(self.effort),
             "seed": self.seed,
+            "runs": checks.run_settings(m.checkpoint for m in self.methods),
         }
 
     def bar(self, what: str, total: int | None) -> Any:

@@ -191,10 +191,11 @@ def keep_masks(result: MethodResult) -> np.ndarray:
     return mask
 
 
-def _over_seeds(estimates: Sequence[_Estimate], seeds: Sequence[int], seed: int) -> _Estimate:
+def _over_seeds(estimates: Sequence[_Estimate], seeds: Sequence[Any], seed: int) -> _Estimate:
     """The mean over K seeds, both examples and seeds resampled.
 
-    Resampled means of K values vary (K - 1) / K of what such means do: widened to make up for it.
+    Resampled means of K values vary (K - 1) / K of what such means do: widened to make up for it,
+    but not below 0, where no metric is.
     """
     count = len(seeds)
     if count == 1:
@@ -205,13 +206,17 @@ def _over_seeds(estimates: Sequence[_Estimate], seeds: Sequence[int], seed: int)
     generator = np.random.default_rng([seed, zlib.crc32(repr(list(seeds)).encode())])
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=draws.shape[1]).T
     weights = 1 / count + np.sqrt(count / (count - 1)) * (drawn - 1) / count  # [K, R]
-    return _Estimate(float(points.mean()), (weights * draws).sum(0))
+    return _Estimate(float(points.mean()), (weights * draws).sum(0).clip(min=0))
 
 
 def _pick(own: _Series, task: str, metric: str, pick: int | None, seed: int) -> _Estimate:
     """Of one seed (its position), or of all (None)."""
     estimates = own.estimates[task][metric]
-    return _over_seeds(estimates, own.seeds, seed) if pick is None else estimates[pick]
+    if pick is not None:
+        return estimates[pick]
+    # Draws of random layers are no training seeds, so they are not resampled along with these.
+    draws = [f"draw {draw}" for draw in own.seeds]
+    return _over_seeds(estimates, draws if own.method.name == "random" else own.seeds, seed)
 
 
 def _row(

@@ -18,12 +18,6 @@ from firstlm.skip_plan import SkipPlan
 FULL = "full"
 
 
-def timed_prompts(count: int, examples: int) -> list[int]:
-    """Indices of `count` of the examples, spread evenly over all of them, and so over the tasks."""
-    count = min(count, examples)
-    return [(2 * i + 1) * examples // (2 * count) for i in range(count)]
-
-
 def time_methods(
     path: DecodePath,
     examples: Sequence[Example],
@@ -107,7 +101,7 @@ def _timing(
 
 
 def arms_of(name: str, rate: float, keep: torch.Tensor, prompts: Sequence[int]) -> list[Arm]:
-    """What a method asks of each timed prompt: FiRST its routers, everything else a plan.
+    """What a method asks of each timed prompt: FiRST and `exact` routers, everything else a plan.
 
     Args:
         keep: bool [N, L], the method's plans.
@@ -115,4 +109,6 @@ def arms_of(name: str, rate: float, keep: torch.Tensor, prompts: Sequence[int]) 
     """
     if name == "first":
         return [{"budget": rate}] * len(prompts)
+    if name == "exact":
+        return [{"budget": rate, "budget_mode": "exact"}] * len(prompts)
     return [{"skip_plan": SkipPlan.from_mask(keep[i])} for i in prompts]
