@@ -14,6 +14,7 @@ from firstlm.plan_search import (
     fit_routers,
     search_plan,
     search_task_plans,
+    swap,
 )
 from firstlm.scoring import score
 from tiny_models import NUM_LAYERS, routed_model
@@ -85,3 +86,10 @@ def test_mlp_heads_are_refused():
     model = model_without(head="mlp")
     with pytest.raises(ValueError, match="linear"):
         fit_routers(model, examples(2), COLLATOR, torch.ones(2, NUM_LAYERS) > 0, margin=1.0)
+
+
+def test_a_swap_needs_no_second_layer_that_may_go():
+    """Of two free layers one is skipped: the kept one is the only candidate, and has no spread."""
+    cost = torch.tensor([torch.inf, 0.3, 0.1, torch.inf])
+    generator = torch.Generator().manual_seed(0)
+    assert swap([True, True, False, True], cost, generator) == [True, False, True, True]

@@ -98,7 +98,10 @@ class PhaseStarts:
             layers_to_drop(config.skip_rate, num_layers, self.model.router_config.protected)
         own = config.checkpoint is None and not is_checkpoint(config.base)
         if own and config.router.keep_bias == "plans" and config.router.head != "linear":
-            raise ValueError("router.keep_bias=plans fits linear heads: set router.head=linear")
+            raise ValueError(
+                "router.keep_bias=plans, the default, fits linear heads: set router.head=linear, or "
+                "router.keep_bias=importance"
+            )
         self.plans.check()
 
     def make_phase(self, job: Job) -> Phase:

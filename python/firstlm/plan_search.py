@@ -188,7 +188,8 @@ def _change(
     plan: list[bool], cost: torch.Tensor, generator: torch.Generator, *, keep: bool
 ) -> list[bool]:
     """Keep one skipped layer (dear ones more often), or skip a kept one (cheap ones more often)."""
-    spread = cost[cost.isfinite()].std().clamp(min=1e-6)
+    free = cost[cost.isfinite()]
+    spread = free.std().clamp(min=1e-6) if len(free) > 1 else 1.0
     ease = (cost / spread) * (1 if keep else -1)
     candidates = torch.tensor([kept != keep for kept in plan]) & cost.isfinite()
     if not candidates.any():
