@@ -99,8 +99,8 @@ class PhaseStarts:
         own = config.checkpoint is None and not is_checkpoint(config.base)
         if own and config.router.keep_bias == "plans" and config.router.head != "linear":
             raise ValueError(
-                "router.keep_bias=plans, the default, fits linear heads: set router.head=linear, or "
-                "router.keep_bias=importance"
+                "router.keep_bias=plans, the default, fits linear heads: set router.head=linear "
+                "or router.keep_bias=importance"
             )
         self.plans.check()
 
