@@ -405,7 +405,7 @@ def test_routers_whose_answers_run_other_layers_raise(folders, data, tmp_path, m
         return losses(self, examples, full if "budget" in arm else arm)
 
     monkeypatch.setattr(decode_paths.HfPath, "losses", unskipped)
-    with pytest.raises(checks.CheckFailed, match="under the plans they choose"):
+    with pytest.raises(checks.CheckFailed, match="under the plan they choose"):
         run(folders["first"], data, tmp_path, controls=(), weights=("first",))
 
 

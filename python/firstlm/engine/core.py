@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from firstlm import native
@@ -116,16 +115,18 @@ class DecoderCore:
             result = run()
             milliseconds = 1e3 * (time.perf_counter() - start)
             counters = self.decoder.counters()
-        added = {name: np.subtract(counters[name], before[name]) for name in counters}
+        added = lambda name: counters[name] - before[name]  # noqa: E731
         if decode:
-            stats.steps += int(added["forwards"])
+            stats.steps += added("forwards")
             stats.decode_ms += milliseconds
-            stats.weight_bytes += int(added["weight_bytes"])
-            stats.cache_bytes += int(added["cache_bytes"])
-            stats.layer_runs = (added["layer_runs"] + (stats.layer_runs or 0)).tolist()
+            stats.weight_bytes += added("weight_bytes")
+            stats.cache_bytes += added("cache_bytes")
+            runs = counters["layer_runs"], before["layer_runs"]
+            total = stats.layer_runs or [0] * len(runs[0])
+            stats.layer_runs = [n + now - was for n, now, was in zip(total, *runs, strict=True)]
         else:
             stats.prefill_ms += milliseconds
-            stats.router_ms += 1e3 * float(added["router_seconds"])
+            stats.router_ms += 1e3 * added("router_seconds")
         return result
 
 

@@ -67,15 +67,14 @@ def check_routed_plans(
         raise CheckFailed(
             f"the routers give {wrong} of {len(keep)} prompts another plan than was measured"
         )
-    routed, planned = (
-        sum(loss for loss, _ in path.losses(examples, arm))
-        for arm in ({"budget": rate}, {"skip_plan": mask_to_plans(keep)})
-    )
-    if not math.isclose(routed, planned, rel_tol=_SAME_LOSS):
-        raise CheckFailed(
-            f"the answers' loss is {routed:.4f} nats where routers choose the layers and "
-            f"{planned:.4f} under the plans they choose"
-        )
+    arms = {"budget": rate}, {"skip_plan": mask_to_plans(keep)}
+    both = zip(*(path.losses(examples, arm) for arm in arms), strict=True)
+    for example, ((routed, _), (planned, _)) in zip(examples, both, strict=True):
+        if not math.isclose(routed, planned, rel_tol=_SAME_LOSS):
+            raise CheckFailed(
+                f"{example.id}: the answer's loss is {routed:.4f} nats where routers choose the "
+                f"layers and {planned:.4f} under the plan they choose"
+            )
     return f"{len(keep)} prompts"
 
 
