@@ -108,3 +108,10 @@ firstlm_environment() {
   install_firstlm "${1:-}"
   export PATH="$PWD/.venv/bin:$PATH"
 }
+
+# run_pytest ARGUMENTS...: a process a core, each with one thread: the tests' models are too small for
+# more. Tests of threads set their own number.
+run_pytest() {
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} \
+    python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal "$@"
+}

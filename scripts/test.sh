@@ -22,4 +22,4 @@ cmake --build build/tests
 build/tests/firstlm_tests
 
 say "pytest"
-python -m pytest "$@"
+run_pytest "$@"
