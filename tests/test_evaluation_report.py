@@ -412,3 +412,15 @@ def test_the_ideal_is_seen_beside_a_bar_that_is_shorter(tmp_path: Path) -> None:
         return int((np.asarray(picture.convert("RGB")) == wanted).all(-1).sum())
 
     assert marked(0.3) > 20 and marked(0.9) > 20
+
+
+def test_the_pareto_front_is_what_no_other_method_beats_in_both() -> None:
+    def row(name: str, speedup: float, loss: float) -> dict:
+        return {"name": name, "speedup": speedup, "metrics": {"cross_entropy": {"mean": loss}}}
+
+    figures = [
+        row("full", 1.0, 2.0), row("slow and bad", 1.2, 2.9), row("fast", 1.8, 3.0),
+        row("good", 1.3, 2.4), row("as fast, worse", 1.8, 3.5),
+    ]  # fmt: skip
+    front = charts.pareto_front(figures, "cross_entropy")
+    assert [row["name"] for row in front] == ["fast", "good", "full"]

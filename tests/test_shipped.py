@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import firstlm
 from firstlm import checkpoint, cli
 from firstlm.corpus import CORPUS_NAMES, load_corpus
+from firstlm.evaluation import methods
 from firstlm.tokenizer import load_tokenizer
 
 MOST_BYTES = 12e6
@@ -59,3 +60,9 @@ def test_the_command_plans_with_them_unless_told_otherwise():
     assert outcome.exit_code == 0, outcome.output
     (line,) = [line for line in outcome.stdout.splitlines() if line.startswith("{")]
     assert json.loads(line)["skip_rate"] > 0.2
+
+
+def test_an_evaluation_takes_their_name_and_the_rate_they_were_trained_for():
+    folders = methods.folders_of(checkpoint.SHIPPED)
+    methods.check_folders(folders, "checkpoints")
+    assert methods.rates_of(folders, None) == [0.2667]

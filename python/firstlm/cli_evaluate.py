@@ -30,7 +30,8 @@ def evaluate(
             "--checkpoint",
             "-c",
             metavar="[RATE=]FOLDER[,FOLDER…]",
-            help="FiRST's checkpoint; several: one a training seed. With RATE=: of this rate only.",
+            help="FiRST's checkpoint, or 'embedded-first'; several: one a training seed. With "
+            "RATE=: of this rate only.",
         ),
     ],
     data: Annotated[
@@ -248,6 +249,7 @@ def _oracle(
     from firstlm.evaluation import methods
     from firstlm.evaluation.oracle import OracleSettings, run_oracle
 
+    first = methods.folders_of(first)
     methods.check_folders(first, "--checkpoint")
     settings = {name: value for name, value in given.items() if value is not None}
     for rate in methods.rates_of(first, rates):
