@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import firstlm
 from firstlm import bench_tables, cli, figures
 from firstlm.evaluation import tables
+from firstlm.evaluation.statistics import best_rows
 from tiny_gguf import draw_routers, tiny_model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,23 @@ def test_the_table_of_decode_speed_is_that_of_the_stored_result() -> None:
 def test_the_table_of_rivals_is_that_of_the_stored_result() -> None:
     found = json.loads((ROOT / "results/reference/results.json").read_text(encoding="utf-8"))
     assert tables.short_table(found["rows"]).markdown() in README
+
+
+def test_the_table_of_other_runs_is_that_of_the_stored_results() -> None:
+    line = re.compile(r"^\| \[.*\]\((results/.*)/report\.md\).*? \| (.*) \|$", re.MULTILINE)
+    lines = line.findall(README)
+    assert len(lines) == 4
+    for folder, cells in lines:
+        rows = json.loads((ROOT / folder / "results.json").read_text(encoding="utf-8"))["rows"]
+        found = []
+        for row in filter(tables.is_own, best_rows(rows)):
+            static, lora_only = row["vs"]["static-trained"], row["vs"]["lora_only-trained"]
+            found.append([
+                str(len(row["seeds"])), f"{row['skip_rate']:.1%}",
+                tables.difference(static["cross_entropy"], "cross_entropy"),
+                f"{lora_only['rouge_l']['share']:.1%}", f"{1 / row['speedup'] - 1:+.1%}",
+            ])  # fmt: skip
+        assert cells.split(" | ") in found
 
 
 def test_the_page_of_results_is_made_from_the_stored_results() -> None:
