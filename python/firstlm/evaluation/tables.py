@@ -330,37 +330,12 @@ def latency_table(rows: Sequence[Row]) -> Table:
     return _table(head, timed, cells, said)
 
 
-def summary_table(rows: Sequence[Row]) -> str:
-    """For a README: what each method keeps of LoRA-only's quality, and how fast it decodes."""
-    head = ["skipped", "cross-entropy", "ROUGE-L", "of LoRA-only's", "chrF",
-            "FiRST's cross-entropy minus this one's", TIME_HEAD, "speedup (ideal)"]  # fmt: skip
-    ordered = in_order(rows)
-    firsts = {r["skip_rate_asked"]: r for r in ordered if is_own(r)}
-
-    def cells(row: Row) -> list[str]:
-        metrics, entry = row["metrics"], _against(firsts, row)
-        share = row["vs"].get("lora_only-trained", {}).get("rouge_l", {}).get("share")
-        timed = row["timing"] is not None
-        return [
-            f"{row['skip_rate']:.1%}",
-            number("cross_entropy", metrics["cross_entropy"]["mean"]),
-            number("rouge_l", metrics["rouge_l"]["mean"]),
-            "" if share is None else f"{share:.1%}",
-            number("chrf", metrics["chrf"]["mean"]) if "chrf" in metrics else "",
-            difference(entry["cross_entropy"] if entry else None, "cross_entropy"),
-            _timing_cells(row)[0],
-            f"{row['speedup']:.2f} ({row['ideal_speedup']:.2f})" if timed else "",
-        ]
-
-    return _table(head, ordered, cells, caption(rows)).markdown()
-
-
 def main(arguments: Sequence[str]) -> None:
-    """Print the tables of a `results.json`, or with --summary the short one."""
+    """Print the main table of a `results.json`, or with --summary the short one."""
     summary = list(arguments[:1]) == ["--summary"]
     for path in arguments[summary:]:
         rows = figures.read(path)["rows"]
-        print(summary_table(rows) if summary else main_table(rows).markdown())
+        print((short_table if summary else main_table)(rows).markdown())
 
 
 if __name__ == "__main__":
