@@ -31,7 +31,13 @@ import torch
 
 from firstlm import controls
 from firstlm.budget import check_rates
-from firstlm.checkpoint import CONFIG_NAME, WEIGHTS_NAME, find_checkpoint, read_router_config
+from firstlm.checkpoint import (
+    CONFIG_NAME,
+    SHIPPED,
+    WEIGHTS_NAME,
+    find_checkpoint,
+    read_router_config,
+)
 from firstlm.data import PromptAnswerCollator
 from firstlm.evaluation.records import Method
 from firstlm.health import derangement
@@ -54,16 +60,16 @@ Folders = Mapping[float | None, Sequence[str]]
 
 
 def folders_of(given: Any) -> dict[float | None, list[str]]:
-    """A checkpoint, a list of them (a seed each), or a dict from skip rates to either, as a dict.
+    """A path, a list of paths (a seed each), or a dict from skip rates to either, as a dict.
 
-    Checkpoints are named as `from_pretrained` takes them; what comes out are folders.
+    "embedded-first" becomes the folder that ships with firstlm.
     """
     if not isinstance(given, Mapping):
         given = {None: given}
     found = {}
     for rate, names in given.items():
         names = names if isinstance(names, (list, tuple)) else [names]
-        found[rate] = [str(find_checkpoint(name) or name) for name in names]
+        found[rate] = [str(find_checkpoint(n) if n == SHIPPED else n) for n in names]
     return found
 
 
