@@ -13,14 +13,33 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8 so that `path` never holds a part of it. Parents are made."""
+def check_can_write(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """For before the work whose results go to `path`, a file or a folder, parents made.
+
+    Raises:
+        ValueError: what is there is of the other kind, or nothing can be written there.
+    """
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        is_there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise ValueError(f"{path} is a {is_there}: name a {wanted} to write to")
+    place = path if folder else path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{path} cannot be written: {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: no permission to write in {place}")
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes `data` so that `path` never holds a part of it. Parents are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -29,6 +48,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`text` as UTF-8, see write_bytes."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

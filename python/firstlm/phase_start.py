@@ -6,15 +6,15 @@ same numbers without measuring again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from firstlm.adapter import attach_adapter, has_adapter
+from firstlm.atomic import write_bytes
 from firstlm.budget import calibrate_thresholds, keep_masks, rate_key
 from firstlm.checkpoint import is_checkpoint, router_state_dict
 from firstlm.controls import (
@@ -146,9 +146,7 @@ class PhaseStarts:
             self._routers_from_plans()
         path = self.folder.path / "router_init.safetensors"
         if self.folder.writes and not path.is_file():
-            temporary = path.with_suffix(".tmp")
-            save_file(router_state_dict(self.model), temporary)
-            os.replace(temporary, path)
+            write_bytes(path, save(router_state_dict(self.model)))
 
     def _routers_from_plans(self) -> None:
         """Routers fitted to the best plan of each task."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from firstlm.atomic import write_bytes
 from firstlm.skip_plan import SkipPlan
 
 if TYPE_CHECKING:
@@ -283,12 +283,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def write_png(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write the picture so that the file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as out:
-        out.write(picture.getvalue())
-    os.chmod(out.name, 0o644)
-    os.replace(out.name, path)
-    return path
+    write_bytes(path, picture.getvalue())
+    return Path(path)
