@@ -248,11 +248,30 @@ def test_a_folder_with_a_run_of_other_settings_is_left_alone(whole, base):
         run(base, str(whole.output_dir), resume=False)
 
 
-def test_a_start_that_failed_does_not_lock_the_folder(base, tmp_path):
+def test_a_start_that_failed_leaves_nothing_that_locks_the_folder(base, tmp_path):
     with pytest.raises(ValueError, match="protected"):
         run(base, str(tmp_path / "run"), **SMALL | {"router": {"protected": [77]}})
+    assert not (tmp_path / "run").exists()
+    firstlm.TrainConfig(seed=9).to_yaml(tmp_path / "run" / "config.yaml")  # killed before a phase
     result = run(base, str(tmp_path / "run"), phases=["warmup"], resume=False, **SMALL)
     assert [p.name for p in result.phases] == ["warmup"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"resume": False, "overwrite": True}])
+def test_a_config_that_the_user_wrote_is_not_replaced(changes, base, tmp_path):
+    text = f"# what came of rank 8, see notes\nbase: {base}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml was not written by a run.*rename"):
+        run(base, str(tmp_path), **SMALL, **changes)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_an_output_dir_that_cannot_hold_a_run_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        with pytest.raises(ValueError, match="file"):
+            firstlm.train(base="no/such", output_dir=str(tmp_path / place))
 
 
 def test_a_run_is_not_taken_for_one_on_other_data(base, tmp_path):
@@ -271,12 +290,24 @@ def test_a_finished_run_is_found_where_it_was_moved_to(base, tmp_path):
     assert all(Path(phase.checkpoint).is_dir() for phase in result.phases)
 
 
+def test_the_settings_of_a_finished_run_stay_those_that_it_ran_with(base, tmp_path):
+    run(base, str(tmp_path), phases=["warmup"], **SMALL)
+    before = (tmp_path / "config.yaml").read_bytes()
+    changes = SMALL | {"data": SMALL["data"] | {"test_prompts": 5}, "save_every": 99}
+    result = run(base, str(tmp_path), phases=["warmup"], **changes)
+    assert result.health.prompts == 16 and (tmp_path / "config.yaml").read_bytes() == before
+
+
 def test_only_the_main_process_judges_what_the_folder_holds(tmp_path):
     """The others may look when it has just written the settings of a fresh run."""
     config = firstlm.TrainConfig(resume=False)
-    RunFolder(tmp_path, writes=True).open(config, {})
+    main = RunFolder(tmp_path, writes=True)
+    assert main.open(config, {}) is None
+    main.begin(config, {})
     (tmp_path / "train_log.jsonl").write_text("")
     RunFolder(tmp_path, writes=False).open(config, {})
+    with pytest.raises(ValueError, match="holds a run already"):
+        main.open(config, {})
 
 
 def test_overwrite_starts_anew(base, tmp_path):
@@ -286,6 +317,29 @@ def test_overwrite_starts_anew(base, tmp_path):
     result = run(base, str(tmp_path / "run"), **changes, seed=5, resume=False, overwrite=True)
     assert [p.name for p in result.phases] == ["warmup"]
     assert (tmp_path / "run" / "thesis.txt").is_file()
+    assert firstlm.TrainConfig.from_yaml(tmp_path / "run" / "config.yaml").seed == 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base": "./no-such-model"},
+        {"data": {"train": "no-such.jsonl"}},
+        {"router": {"protected": [77]}},
+        {"warmup_from": "{run}"},
+        {"checkpoint": "{run}/checkpoint"},
+        {"control": "static", "control_plan": "most_kept:{run}"},
+    ],
+)
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_start(wrong, whole, base):
+    folder = whole.output_dir
+    files = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    wrong = {k: v.format(run=folder) if isinstance(v, str) else v for k, v in wrong.items()}
+    changes = settings(base, str(folder)) | {"resume": False, "overwrite": True} | wrong
+    sets = {} if "data" in wrong else datasets()
+    with pytest.raises((ValueError, OSError)):
+        firstlm.train(changes, **sets)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == files
 
 
 def test_wrong_settings_stop_before_anything_is_written(base, tmp_path):

@@ -6,7 +6,7 @@ runs/x/train_log.jsonl          a line per logged step and per evaluation, over 
 runs/x/control_plan.json, length_plans.json, task_plans.json   plans that were searched or named
 runs/x/importance.json          cross-entropy rise of every layer, where it was measured
 runs/x/router_init.safetensors  the routers before phase 1
-runs/x/<phase>/start.json       thresholds and keep shares that the phase started from
+runs/x/lora/start.json          thresholds and keep shares that phase 2 started from
 runs/x/<phase>/checkpoint-<n>/  routers, adapter, optimizer, controllers (until the phase is over)
 runs/x/<phase>/final/           routers, adapter, phase.json
 runs/x/checkpoint/              what firstlm.from_pretrained loads: the end of the last phase
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from firstlm.atomic import staged_folder, write_json, write_text
+from firstlm.atomic import check_can_write, staged_folder, write_json, write_text
 from firstlm.length_plans import FILE as LENGTH_PLANS
 from firstlm.train_config import PHASES, TrainConfig
 from firstlm.trainer import latest_checkpoint
@@ -48,70 +48,142 @@ class RunFolder:
         self.log_path = self.path / "train_log.jsonl"
         self.checkpoint = self.path / "checkpoint"
 
-    def open(self, config: TrainConfig, data: Mapping[str, str]) -> None:
-        """Takes up, or starts, the run of `config`. Only the main process looks and judges: what
-        the others would find depends on how far it has come.
+    def open(self, config: TrainConfig, data: Mapping[str, str]) -> dict[str, Any] | None:
+        """The result of the run of `config` if it is complete. Nothing is written.
+
+        Only the main process judges: what the others would find depends on how far it has come.
 
         Args:
             data: set -> hash of its examples, see train_data.hashes_of.
 
         Raises:
             ValueError: the folder holds a run of other settings or data, or resume is off and it
-                holds any. A start that failed before anything was made is no run.
+                holds any, or a config.yaml that no run wrote; it cannot be written to; the run
+                would start from what overwrite deletes; or there is no warm-up to take over.
+        """
+        if self.writes:
+            check_can_write(self.path, folder=True)
+            if not self._has_begun():
+                self._refuse_to_lose_config()
+            elif config.overwrite:
+                self._refuse_to_lose_inputs(config)
+            else:
+                self._check_same_run(config, data)
+            self._check_warmup(config, data)
+        return None if config.overwrite else self.read("result.json")
+
+    def begin(self, config: TrainConfig, data: Mapping[str, str]) -> None:
+        """Takes up, or starts, the run of `config`, once everything else about it is checked.
+
+        A run that overwrite is to delete goes here, and not before. A warm-up is taken over.
         """
         if not self.writes:
             return
-        stored = self.path / "config.yaml"
-        if config.overwrite and stored.is_file():
+        if config.overwrite and self._has_begun():
             self._delete_run()
-        if stored.is_file() and self._has_begun():
-            if not config.resume:
-                raise ValueError(
-                    f"{self.path} holds a run already: set resume=true to go on with it, "
-                    "overwrite=true to delete it, or choose another output_dir"
-                )
-            changed = config.difference(TrainConfig.from_yaml(stored))
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run with other settings ({', '.join(changed)}): choose "
-                    "another output_dir, or set resume=false and overwrite=true to delete it"
-                )
-            before = self.read("data.json") or {}
-            changed = [name for name in data if before.get(name, data[name]) != data[name]]
-            if changed:
-                raise ValueError(
-                    f"{self.path} holds a run on other data ({', '.join(changed)}): choose "
-                    "another output_dir, or set resume=false and overwrite=true to delete it"
-                )
         self.path.mkdir(parents=True, exist_ok=True)
-        config.to_yaml(stored)
+        if not self._config.is_file() or TrainConfig.from_yaml(self._config) != config:
+            config.to_yaml(self._config)
         if data:
             self.write("data.json", data)
         for partial in self.path.glob("**/.*.partial*"):
             shutil.rmtree(partial, ignore_errors=True)
+        if config.warmup_from is not None and not self._has_own_warmup():
+            self._take_warmup(RunFolder(config.warmup_from, writes=False))
 
-    def take_warmup(self, config: TrainConfig) -> None:
-        """Takes over the warm-up of `config.warmup_from`, unless this run has begun its own.
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.yaml"
 
-        Raises:
-            ValueError: that run has not finished one, or one of other settings or data.
+    def _has_begun(self) -> bool:
+        """A start that ended before anything was made is no run."""
+        made = (*PHASES, *_OUTPUTS, "checkpoint")
+        return self._config.is_file() and any((self.path / name).exists() for name in made)
+
+    def _check_same_run(self, config: TrainConfig, data: Mapping[str, str]) -> None:
+        if not config.resume:
+            raise ValueError(
+                f"{self.path} holds a run already: set resume=true to go on with it, "
+                "overwrite=true to delete it, or choose another output_dir"
+            )
+        before = self.read("data.json") or {}
+        changed = {
+            "with other settings": config.difference(TrainConfig.from_yaml(self._config)),
+            "on other data": [n for n in data if before.get(n, data[n]) != data[n]],
+        }
+        for what, names in changed.items():
+            if names:
+                raise ValueError(
+                    f"{self.path} holds a run {what} ({', '.join(names)}): choose another "
+                    "output_dir, or set resume=false and overwrite=true to delete it"
+                )
+
+    def _refuse_to_lose_config(self) -> None:
+        """A config.yaml that is not to the letter what a run writes is the user's own."""
+        if not self._config.is_file():
+            return
+        try:
+            ours = TrainConfig.from_yaml(self._config).to_text()
+        except ValueError:
+            ours = None
+        if self._config.read_bytes() != (ours or "").encode():
+            raise ValueError(
+                f"{self._config} was not written by a run, and one in {self.path} would replace "
+                "it: rename that file, or choose another output_dir"
+            )
+
+    def _refuse_to_lose_inputs(self, config: TrainConfig) -> None:
+        """What this run starts from must not lie in the run that it deletes."""
+        run = self.path.resolve()
+        gone = [run / name for name in (*PHASES, "checkpoint")]
+        for name in ("base", "checkpoint", "warmup_from", "plan_search_common", "control_plan"):
+            value = getattr(config, name)
+            if not isinstance(value, str):
+                continue
+            path = Path(value.removeprefix("most_kept:")).resolve()
+            if path == run or any(path.is_relative_to(folder) for folder in gone):
+                raise ValueError(
+                    f"overwrite=true would delete {name}={value}, from which this run is to start: "
+                    "choose another output_dir"
+                )
+
+    def _delete_run(self) -> None:
+        """Removes what a run writes, and nothing else that may lie in its folder.
+
+        result.json goes first and config.yaml last: after a kill in between, what is left is a run
+        that is not complete, which the same command deletes.
         """
+        for name in ("result.json", *PHASES, "checkpoint", *_OUTPUTS, *reversed(_INPUTS)):
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    # ---- the warm-up of another run ----
+
+    def _has_own_warmup(self) -> bool:
         folder = self.phase("warmup")
         # A takeover that was killed leaves an empty one.
-        begun = folder.is_dir() and any(folder.iterdir())
-        if config.warmup_from is None or not self.writes or begun:
+        return folder.is_dir() and any(folder.iterdir())
+
+    def _check_warmup(self, config: TrainConfig, data: Mapping[str, str]) -> None:
+        """Raises ValueError if the warm-up to be taken over is not whole, or another one."""
+        if config.warmup_from is None or (self._has_own_warmup() and not config.overwrite):
             return
         other = RunFolder(config.warmup_from, writes=False)
-        if not (other.path / "config.yaml").is_file() or not other.is_finished("warmup"):
+        if not other._config.is_file() or not other.is_finished("warmup"):
             raise ValueError(f"warmup_from={config.warmup_from}: no run with a finished warm-up")
-        changed = config.other_warmup(TrainConfig.from_yaml(other.path / "config.yaml"))
-        if self.read("data.json") != other.read("data.json"):
+        changed = config.other_warmup(TrainConfig.from_yaml(other._config))
+        if dict(data) != (other.read("data.json") or {}):
             changed.append("its examples")
         if changed:
             raise ValueError(
                 f"warmup_from={config.warmup_from}: its warm-up is another one "
                 f"({', '.join(changed)})"
             )
+
+    def _take_warmup(self, other: RunFolder) -> None:
         if (importance := other.read("importance.json")) is not None:
             self.write("importance.json", importance)
         phase = other.finished_phase("warmup")
@@ -122,15 +194,7 @@ class RunFolder:
             own = {"checkpoint": str(self.final("warmup"))}
             write_json(staging / "phase.json", phase | own)
 
-    def _has_begun(self) -> bool:
-        return any((self.path / name).exists() for name in (*PHASES, *_OUTPUTS, "checkpoint"))
-
-    def _delete_run(self) -> None:
-        """Removes what a run writes, and nothing else that may lie in its folder."""
-        for name in (*PHASES, "checkpoint"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (*_INPUTS, *_OUTPUTS):
-            (self.path / name).unlink(missing_ok=True)
+    # ---- phases ----
 
     def phase(self, name: str) -> Path:
         return self.path / name

@@ -256,7 +256,11 @@ class TrainConfig:
     save_every: int = setting(50, "steps between checkpoints; 0: only at the end of a phase")
     save_total_limit: int = setting(2, "checkpoints kept of each phase")
     resume: bool = setting(True, "go on with an interrupted run found in output_dir")
-    overwrite: bool = setting(False, "delete a run of other settings found in output_dir")
+    overwrite: bool = setting(
+        False,
+        "with resume=false: delete the run found in output_dir, finished or not, once the new one "
+        "has loaded its model and data and is about to start",
+    )
     progress: bool = setting(True, "progress bars")
     data: DataConfig = field(default_factory=DataConfig)
     router: RouterSettings = field(default_factory=RouterSettings)
@@ -287,9 +291,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_text(self) -> str:
+        """Every setting as YAML, defaults included, so that the text alone repeats the run."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Writes every setting, defaults included, so that the file alone repeats the run."""
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        """Writes `to_text`."""
+        write_text(path, self.to_text())
 
     def validate(self) -> TrainConfig:
         """Raises one ValueError that lists everything that cannot work; returns self."""

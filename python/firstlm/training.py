@@ -182,10 +182,8 @@ class _Run:
     def go(self) -> TrainResult:
         config = self.config
         self.folder = RunFolder(config.output_dir, self.state.is_main_process)
-        self.folder.open(config, hashes_of(config.data, self.given))
-        self.folder.take_warmup(config)
-        self.state.wait_for_everyone()
-        done = self.folder.read("result.json")
+        hashes = hashes_of(config.data, self.given)
+        done = self.folder.open(config, hashes)
         if done is not None:
             return _result_from_json(done, self.folder)
         self.model = self._load_model()
@@ -194,6 +192,8 @@ class _Run:
         self.jobs = make_jobs(config, len(self.data.train), per_step)
         self.starts = PhaseStarts(config, self.folder, self.model, self.data, self.jobs)
         self.starts.check()
+        self.folder.begin(config, hashes)
+        self.state.wait_for_everyone()
         results = [self._run_job(job) for job in self.jobs]
         return self._finish(results)
 
