@@ -357,6 +357,7 @@ def test_wrong_settings_stop_before_anything_is_written(base, tmp_path):
         ({"control": "static", "control_plan": [0, 6]}, "from 0 to 5"),
         ({"control": "static", "control_plan": [1, 2, 3, 4]}, "protected layers 0"),
         ({"control": "static", "control_plan": "most_kept:nowhere"}, "finished run"),
+        ({"control": "length", "plan_search_common": "nowhere"}, "train that control first"),
         ({"router": {"keep_bias": "plans", "head": "mlp"}}, "router.head=linear"),
     ],
 )

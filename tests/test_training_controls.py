@@ -169,6 +169,35 @@ def test_a_warm_up_of_other_settings_is_refused(base, tmp_path):
         run(base, str(tmp_path / "b"), control="lora_only", **changes)
 
 
+@pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        ({"kept": [0, 1, 4, 5], "num_layers": 6}, None),
+        ({"kept": [0, 1, 4, 5], "num_layers": 30}, "of 30 layers, and this model has 6"),
+        ({"kept": [1, 4, 5], "num_layers": 6}, "its plan skips the protected layers 0"),
+        ({"kept": [0, 6], "num_layers": 6}, "from 0 to 5"),
+        ([0, 1], "is no plan that firstlm train wrote"),
+    ],
+)
+def test_a_common_plan_that_does_not_fit_is_refused_before_the_warm_up(
+    stored, complaint, base, tmp_path
+):
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "control_plan.json").write_text(json.dumps(stored))
+    changes = {"control": "length", "plan_search_common": str(tmp_path / "static"), **SMALL}
+    changes |= {"plan_search_trials": 1, "plan_search_examples": 4}
+    if complaint is None:
+        result = run(base, str(tmp_path / "run"), **changes)
+        assert json.loads((result.output_dir / "control_plan.json").read_text()) == stored
+        (tmp_path / "static" / "control_plan.json").unlink()
+        (result.output_dir / "result.json").unlink()
+        run(base, str(tmp_path / "run"), **changes)  # taken up again, it knows the plan
+        return
+    with pytest.raises(ValueError, match=complaint):
+        run(base, str(tmp_path / "run"), **changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_most_kept_layers_of_a_run_make_a_static_control(base, tmp_path):
     whole = run(base, str(tmp_path / "whole"), **SMALL)
     changes = {"control": "static", "control_plan": f"most_kept:{whole.output_dir}", **SMALL}

@@ -50,24 +50,28 @@ class RunPlans:
 
     def check(self) -> None:
         """Raises ValueError or FileNotFoundError for a named plan that does not fit this model."""
-        config, num_layers = self.config, self.num_layers
+        config = self.config
         if config.control == "static" and not isinstance(config.control_plan, list):
             if config.control_plan.startswith("most_kept:"):
                 keep_share_of_run(config.control_plan.partition(":")[2])
         elif config.control == "static":
-            wrong = [i for i in config.control_plan if not 0 <= i < num_layers]
-            if wrong or not config.control_plan:
-                raise ValueError(
-                    f"control_plan={config.control_plan}: must name kept layers from 0 to "
-                    f"{num_layers - 1}"
-                )
-            left_out = set(self.model.router_config.protected) - set(config.control_plan)
-            if left_out:
-                raise ValueError(
-                    f"control_plan={config.control_plan} skips the protected layers "
-                    f"{', '.join(map(str, sorted(left_out)))}: keep them, or change "
-                    "router.protected"
-                )
+            self._check_kept(f"control_plan={config.control_plan}", config.control_plan)
+        searched = ("task_plans.json", "control_plan.json")  # by the run that is taken up again
+        known = not config.overwrite and any((self.folder.path / n).is_file() for n in searched)
+        if config.plan_search_common is not None and not known:
+            self._named_common()
+
+    def _check_kept(self, setting: str, kept: Sequence[int]) -> None:
+        """Raises ValueError for kept layers that are none, not the model's, or lack protected."""
+        wrong = [i for i in kept if not 0 <= i < self.num_layers]
+        if wrong or not kept:
+            raise ValueError(f"{setting}: must name kept layers from 0 to {self.num_layers - 1}")
+        left_out = set(self.model.router_config.protected) - set(kept)
+        if left_out:
+            raise ValueError(
+                f"{setting} skips the protected layers {', '.join(map(str, sorted(left_out)))}: "
+                "keep them, or change router.protected"
+            )
 
     def static(self) -> list[bool]:
         """The plan of a control, decided once per run; that of length departs from it."""
@@ -151,13 +155,30 @@ class RunPlans:
 
     def _common(self) -> list[bool]:
         """Of the static control that the config names, or searched."""
-        if self.config.plan_search_common is None:
-            return self._searched()
-        path = Path(self.config.plan_search_common) / "control_plan.json"
-        if not path.is_file():
-            raise ValueError(f"plan_search_common: {path} does not exist; train that control first")
-        kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
-        return self._mask(kept)
+        named = self.config.plan_search_common is not None
+        return self._mask(self._named_common()) if named else self._searched()
+
+    def _named_common(self) -> list[int]:
+        """Kept layers of the control that plan_search_common names; ValueError if none fit."""
+        setting = f"plan_search_common={self.config.plan_search_common}"
+        path = Path(self.config.plan_search_common or "") / "control_plan.json"
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            kept, num_layers = plan["kept"], plan["num_layers"]
+        except OSError:
+            raise ValueError(
+                f"{setting}: {path} cannot be read; name the output_dir of a static control, and "
+                "train that control first"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{setting}: {path} is no plan that firstlm train wrote") from None
+        if num_layers != self.num_layers:
+            raise ValueError(
+                f"{setting}: its plan is of {num_layers} layers, and this model has "
+                f"{self.num_layers}"
+            )
+        self._check_kept(f"{setting}: its plan", kept)
+        return kept
 
     def _searched(self) -> list[bool]:
         """The best plan for the whole mixture: a static control, or what tasks depart from."""
