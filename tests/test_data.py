@@ -22,7 +22,6 @@ from firstlm.data import (
     encode_prompt,
     load_corpus,
     pad_prompts,
-    prompt_batches,
 )
 
 CHATML = (
@@ -365,21 +364,6 @@ def test_the_collator_pads_on_the_right(make_tokenizer, multiple, length):
     assert batch["prompt_mask"].dtype == torch.bool
     assert batch["prompt_mask"].sum(1).tolist() == [1, 5]
     assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, length)}
-
-
-def test_prompt_batches_come_in_order_padded_on_the_left_with_their_answers(make_tokenizer):
-    tokenizer = make_tokenizer()
-    dataset = load_corpus(datasets.Dataset.from_list(ROWS))
-    batches = list(prompt_batches(dataset, tokenizer, 2))
-    assert [batch.ids for batch in batches] == [["a", "b"], ["c"]]
-    assert [batch.answers for batch in batches] == [["Paris", "one two three"], [ROWS[2]["answer"]]]
-    for row, batch, i in ((0, batches[0], 0), (1, batches[0], 1), (2, batches[1], 0)):
-        prompt = encode_prompt(ROWS[row]["prompt"], tokenizer)
-        ids, mask = (batch.inputs[key][i] for key in ("input_ids", "attention_mask"))
-        assert ids[-len(prompt) :].tolist() == prompt
-        assert mask.tolist() == [0] * (len(ids) - len(prompt)) + [1] * len(prompt)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        next(prompt_batches(dataset, tokenizer, 0))
 
 
 def test_generate_takes_a_prompt_batch_and_padding_changes_nothing(make_tokenizer):

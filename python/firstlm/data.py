@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,14 +30,12 @@ __all__ = [
     "IGNORE_INDEX",
     "EncodedDataset",
     "PromptAnswerCollator",
-    "PromptBatch",
     "answer_end",
     "encode_dataset",
     "encode_prompt",
     "load_corpus",
     "pad_id",
     "pad_prompts",
-    "prompt_batches",
 ]
 
 IGNORE_INDEX = -100  # a label that the loss leaves out
@@ -191,33 +189,6 @@ class PromptAnswerCollator:
             "labels": pad([row["labels"] for row in rows], value=IGNORE_INDEX),
             "prompt_mask": pad([row["prompt_mask"] for row in rows], value=0).bool(),
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptBatch:
-    """Left-padded prompts for `model.generate(**batch.inputs)`, with what belongs to them."""
-
-    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask: int64 [B, T]
-    answers: list[str]
-    ids: list[str]
-    tasks: list[str]
-
-
-def prompt_batches(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> Iterator[PromptBatch]:
-    """Yield the prompts of what `load_corpus` returned, in order, `batch_size` at a time."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for start in range(0, len(dataset), batch_size):
-        examples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        prompts = [encode_prompt(prompt_of(example), tokenizer) for example in examples]
-        yield PromptBatch(
-            inputs=pad_prompts(prompts, tokenizer),
-            answers=[answer_of(example) for example in examples],
-            ids=[example["id"] for example in examples],
-            tasks=[example["task"] for example in examples],
-        )
 
 
 def pad_prompts(

@@ -8,7 +8,6 @@ mean nothing once they are hard, budgets that are missed. N prompts, L layers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -258,8 +257,3 @@ def _by_task(scores: Scores, tasks: Sequence[str] | None) -> dict[str, TaskHealt
         )
         found[task] = TaskHealth(int(rows.sum()), part.skip_rate, part.cross_entropy)
     return found
-
-
-def read_health(text: str) -> HealthReport:
-    """A report from the text of a health.json."""
-    return HealthReport.from_json(json.loads(text))
