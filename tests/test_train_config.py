@@ -117,15 +117,34 @@ def test_all_complaints_come_in_one_message():
         {"calibrate_rates": [0.3, 1.0]},
         {"plan_search_examples": 0},
         {"plan_search_trials": -1},
-        {"control_plan": "random"},
-        {"control_plan": "random:-1"},
-        {"control_plan": "most_kept:"},
+        {"control": "static", "control_plan": "random"},
+        {"control": "static", "control_plan": "random:-1"},
+        {"control": "static", "control_plan": "most_kept:"},
+        {"control_plan": "greedy"},
+        {"control": "length", "control_plan": [0, 1]},
+        {"control": "static", "plan_search_common": "runs/static"},
+        {"router": {"keep_bias": "importance"}, "plan_search_common": "runs/static"},
+        {"router": {"bottleneck": 8}},
         {"data": {"messages_column": "chat", "prompt_column": "question"}},
     ],
 )
 def test_settings_that_cannot_work_are_refused(values):
     with pytest.raises(ValueError):
         TrainConfig.from_dict(values).validate()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"control": "static", "control_plan": "greedy", "router": {"keep_bias": "importance"}},
+        {"control": "length", "plan_search_common": "x", "router": {"keep_bias": "importance"}},
+        {"plan_search_common": "runs/static"},
+        {"router": {"head": "mlp", "bottleneck": 8}},
+        TrainConfig(control="lora_only").to_dict(),
+    ],
+)
+def test_settings_that_go_together_are_taken(values):
+    TrainConfig.from_dict(values).validate()
 
 
 def test_the_default_config_is_valid_and_every_setting_has_a_help_text():
@@ -149,4 +168,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         TrainConfig.from_yaml(tmp_path / "c.yaml")
     (tmp_path / "c.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match="not YAML"):
+        TrainConfig.from_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_bytes("base: modèle\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"c\.yaml is not UTF-8 text"):
         TrainConfig.from_yaml(tmp_path / "c.yaml")

@@ -276,9 +276,10 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> TrainConfig:
         """Reads a YAML file; see from_dict. Raises FileNotFoundError, ValueError."""
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            values = yaml.safe_load(text) or {}
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from None
         if not isinstance(values, dict):

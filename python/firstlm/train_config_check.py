@@ -27,6 +27,7 @@ def _share(name: str, value: float | None, top: float = 1.0) -> Iterator[str]:
 def complaints_about(config: TrainConfig) -> Iterator[str]:
     """One sentence for every setting, or combination of settings, that cannot work."""
     yield from _about_run(config)
+    yield from _about_plans(config)
     yield from _about_phase_names(config)
     for name in PHASES:
         yield from _about_any_phase(name, getattr(config, name))
@@ -63,11 +64,24 @@ def _about_run(c: TrainConfig) -> Iterator[str]:
         yield f"router.windows={c.router.windows}: goes with router.pooling=windowed_mean only"
     yield from _positive("router.bottleneck", c.router.bottleneck)
     yield from _positive("router.keep_bias_spread", c.router.keep_bias_spread, 0)
+    if c.router.head != "mlp" and c.router.bottleneck != type(c.router)().bottleneck:
+        yield f"router.bottleneck={c.router.bottleneck}: goes with router.head=mlp only"
+
+
+def _about_plans(c: TrainConfig) -> Iterator[str]:
     if isinstance(c.control_plan, str) and not re.fullmatch(_PLAN_RULES, c.control_plan):
         yield (
             f"control_plan={c.control_plan!r}: must be uniform, random:SEED, first, last, "
             "block_influence, importance, greedy, search, most_kept:FOLDER, or a list of kept "
             "layers"
+        )
+    elif c.control != "static" and c.control_plan != type(c)().control_plan:
+        yield f"control_plan={c.control_plan!r}: goes with control=static only"
+    departs = c.control == "length" or (c.control == "none" and c.router.keep_bias == "plans")
+    if c.plan_search_common is not None and not departs:
+        yield (
+            f"plan_search_common={c.plan_search_common}: goes only with control=length, or with "
+            "router.keep_bias=plans and no control"
         )
 
 
