@@ -204,6 +204,14 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path, line, complaint):
         load_corpus(path)
 
 
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.jsonl.gz", "mine.jsonl.xz"])
+def test_a_file_that_is_no_text_of_its_kind_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes('{"prompt": "é", "answer": "b"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name} (is not UTF-8|cannot be unpacked)"):
+        load_corpus(path)
+
+
 def test_unknown_sources_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'debian-synopsis'"):
         load_corpus("debian-synopsys")

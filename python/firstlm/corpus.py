@@ -167,19 +167,26 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     ending = next((e for e in FILE_OPENERS if path.name.endswith(e)), None)
     if ending is None:
         raise ValueError(f"{path} should end in one of {', '.join(FILE_OPENERS)}")
-    with FILE_OPENERS[ending](path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"line {number} of {path} is a {type(row).__name__}, not an object"
-                )
-            yield number, row
+    for number, line in enumerate(_lines_of(path, FILE_OPENERS[ending]), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {path} is a {type(row).__name__}, not an object")
+        yield number, row
+
+
+def _lines_of(path: Path, opener: Callable[..., Any]) -> Iterator[str]:
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}") from None
 
 
 def _check_example(
