@@ -171,6 +171,8 @@ def test_info_reads_a_checkpoint_a_base_and_the_installation(
             ["generate", "-c", "{checkpoint}", "--budget", "0.3", "a"],
             "no thresholds are calibrated",
         ),
+        (["plan", "-c", "{checkpoint}", "--budget", "0.3", "a"], "--budget-mode exact"),
+        (["calibrate", "embedded-first", "--data", "debian-synopsis"], "is not rewritten: copy /"),
         (["generate", "-c", "{checkpoint}", "--skip-plan", "▮▯", "a"], "2 layers"),
         (["generate", "-c", "{checkpoint}", "--skip-plan", "none.json", "a"], "none.json"),
         (["generate", "-c", "{checkpoint}", "--file", "none.jsonl"], "none.jsonl"),
@@ -197,12 +199,57 @@ def test_wrong_usage_exits_with_2(command, checkpoint: Path) -> None:
         ["generate", "-c", checkpoint, "--top-k", 5, "a"],
         ["generate", "-c", checkpoint, "--budget", 0.3, "--skip-plan", "full", "a"],
         ["plan", "--budget-mode", "best", "a"],
+        ["plan", "-c", checkpoint, "--budget-mode", "exact", "a"],
+        ["generate", "-c", checkpoint, "--budget-mode", "exact", "a"],
+        ["generate", "-c", checkpoint, "--stream", "--json", "a"],
         ["generate", "a", "--file", "b"],
         ["train"],
     ):
         result = command(*arguments)
         assert result.code == 2, arguments
         assert "Traceback" not in result.err
+
+
+def test_options_of_measuring_are_refused_where_nothing_is_measured(
+    command, checkpoint: Path
+) -> None:
+    before = (checkpoint / "router_config.json").read_bytes()
+    for option in (["--engine", "hf"], ["--precision", "int8"], ["--examples", 4],
+                   ["--timing-prompts", 1], ["--repeats", 1], ["--new-tokens", 3],
+                   ["--max-new-tokens", 3]):  # fmt: skip
+        result = command("calibrate", checkpoint, "--data", "debian-synopsis", *option)
+        assert result.code == 2 and option[0] in result.err, option
+    assert (checkpoint / "router_config.json").read_bytes() == before
+
+
+def test_streaming_is_of_one_answer(command, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    result = command("generate", "-c", checkpoint, "--stream", "--file", file)
+    assert result.code == 2 and result.out == ""
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("it began to work")
+
+    for module in ("bench_decode", "bench_perplexity", "bench_start", "bench_ops"):
+        monkeypatch.setattr(f"firstlm.{module}.run", work)
+    (tmp_path / "file").write_text("")
+    inside = tmp_path / "file" / "x"
+    for arguments in (
+        ["bench", "decode", "-c", checkpoint, "-o", inside],
+        ["bench", "perplexity", "-c", checkpoint, "-o", tmp_path],
+        ["bench", "start", "-c", checkpoint, "-o", inside],
+        ["bench", "ops", "--json", tmp_path],
+        ["evaluate", "-c", checkpoint, "--data", "debian-synopsis", "-o", tmp_path / "file"],
+        ["calibrate", checkpoint, "--data", "debian-synopsis", "--work-dir", tmp_path / "file"],
+    ):
+        result = command(*arguments)
+        assert result.code == 1 and result.err.count("\n") == 1, arguments
+        assert str(arguments[-1]) in result.err and "it began to work" not in result.err
 
 
 def test_interrupt_exits_with_130(
@@ -222,6 +269,9 @@ def test_malformed_jsonl_names_its_line(command, tmp_path: Path, checkpoint: Pat
         file.write_text('{"prompt": "a"}\n' + second)
         result = command("plan", "-c", checkpoint, "--file", file)
         assert result.code == 1 and message in result.err
+    file.write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    result = command("plan", "-c", checkpoint, "--file", file)
+    assert result.err == f"firstlm: error: {file} is not UTF-8 text\n"
 
 
 @pytest.mark.parametrize(
@@ -361,6 +411,15 @@ def test_plans_in_every_written_form() -> None:
     assert cli_input.parse_plan("full", 3) == SkipPlan.full(3)
 
 
+@pytest.mark.parametrize("content", [b"[0, 2]", b'{"kept": [0]}\n{"kept": [1]}\n', b"0 2", b"\xff"])
+def test_a_file_that_holds_no_plan_is_named_with_what_is_accepted(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "p").write_bytes(content)
+    with pytest.raises(ValueError, match=r"/p is not one JSON object.*one line of.*\"kept\""):
+        cli_input.parse_plan(str(tmp_path / "p"), 3)
+
+
 def test_it_says_which_path_runs_and_both_answer_alike(
     command, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -387,6 +446,9 @@ def test_other_families_take_the_hf_path(command, tmp_path: Path) -> None:
     result = command(*options)
     assert result.code == 0
     assert "does not run the family 'gpt2'" in result.err and "hf path, float32" in result.err
+    assert "without effect" not in result.err
+    dropped = command(*options, "--precision", "int4")
+    assert dropped.code == 0 and "without effect there: --precision int4" in dropped.err
     refused = command(*options, "--engine", "native")
     assert refused.code == 1 and "'gpt2'" in refused.err
 

@@ -24,7 +24,7 @@ import torch
 
 import firstlm
 from firstlm import decode_paths, figures, loading
-from firstlm.atomic import write_json
+from firstlm.atomic import check_can_write, write_json
 from firstlm.budget import (
     DEFAULT_RATES,
     calibrate_thresholds,
@@ -33,7 +33,13 @@ from firstlm.budget import (
     rate_key,
     skip_rate_of,
 )
-from firstlm.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_router_config
+from firstlm.checkpoint import (
+    CONFIG_NAME,
+    SHIPPED,
+    WEIGHTS_NAME,
+    find_checkpoint,
+    read_router_config,
+)
 from firstlm.decode_paths import DecodePath
 from firstlm.engine.source import source_folders, source_key
 from firstlm.held_out import Example, HeldOut, load_held_out, spread_over_tasks
@@ -149,12 +155,17 @@ def calibrate(
         Calibration; router_config.json of the checkpoint holds it, too.
 
     Raises:
-        ValueError: no checkpoint folder, rates that protected layers forbid, too little data, or
-            arguments that do not fit together.
+        ValueError: no checkpoint folder that can be written to, rates that protected layers
+            forbid, too little data, or arguments that do not fit together.
     """
     request = Request(tpot_ms, tpot_reduction, min_quality, metric)
     decode_paths.check_options(engine, precision, dtype)
     folder = Path(checkpoint)
+    if str(checkpoint) == SHIPPED and not folder.exists():
+        raise ValueError(
+            f"{SHIPPED} ships with firstlm and is not rewritten: copy {find_checkpoint(SHIPPED)}, "
+            "and calibrate the copy"
+        )
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"{checkpoint} is no folder of a checkpoint (no {CONFIG_NAME}): train one, or download "
@@ -166,6 +177,7 @@ def calibrate(
     rates = _check_rates(rates, default_rate, request, stored)
     if split not in ("validation", "test"):
         raise ValueError(f"split must be 'validation' or 'test', held-out data, got {split!r}")
+    check_can_write(work_dir or folder / WORK_FOLDER, folder=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

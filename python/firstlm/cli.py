@@ -232,7 +232,10 @@ def generate(
     interactive = prompt is None and file is None and sys.stdin.isatty() and not as_json
     if interactive and raw:
         raise typer.BadParameter("--raw needs a prompt: a conversation needs the chat template")
+    cli_input.check_plan_options(skip_plan, budget, budget_mode)
     prompts = cli_input.read_prompts([prompt] if prompt is not None else [], file, interactive)
+    if stream and (as_json or len(prompts) > 1):
+        raise typer.BadParameter("--stream is for the text of one answer: no --json, one prompt")
     sampling: dict[str, Any] = {"temperature": temperature}
     if temperature > 0:
         sampling |= {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
@@ -289,6 +292,7 @@ def plan(
 
     Example: firstlm plan -c runs/quickstart/checkpoint 'Summarize: ...' 'Translate: ...'
     """
+    cli_input.check_plan_options(None, budget, budget_mode)
     texts = cli_input.read_prompts(prompts or [], file)
     model, tokenizer = cli_input.load(checkpoint, dtype)
     choice = cli_input.plan_arguments(len(model.decoder_layers), None, budget, budget_mode)
@@ -377,7 +381,10 @@ def bench_ops(
     Example: firstlm bench ops --json ops.json
     """
     from firstlm import bench_contests, bench_ops, figures
+    from firstlm.atomic import check_can_write
 
+    if json_path is not None:
+        check_can_write(json_path)
     found = bench_ops.run(bench_contests.QUICK if quick else None, threads=threads, seed=seed)
     typer.echo(bench_ops.as_text(found))
     if json_path is not None:

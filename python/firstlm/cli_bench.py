@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from firstlm import cli_input
+from firstlm.atomic import check_can_write
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 BenchedModel = Annotated[
@@ -100,7 +101,7 @@ def decode(
         "repeats": repeats,
     }
     effort = _replace(bench_decode.QUICK if quick else bench_decode.Effort(), given)
-    cli_input.check_model_exists(checkpoint)
+    _check(checkpoint, output)
     found = bench_decode.run(
         checkpoint, against=cli_input.names(against), precisions=cli_input.names(precision),
         effort=effort, threads=threads, work_dir=work_dir, native=native, seed=seed,
@@ -138,7 +139,7 @@ def perplexity(
 
     given = {"count": windows, "length": window_tokens}
     effort = _replace(bench_perplexity.QUICK if quick else bench_perplexity.Effort(), given)
-    cli_input.check_model_exists(checkpoint)
+    _check(checkpoint, output)
     found = bench_perplexity.run(
         checkpoint, against=cli_input.names(against), precisions=cli_input.names(precision),
         effort=effort, threads=threads, work_dir=work_dir, native=native,
@@ -167,13 +168,20 @@ def start(
     from firstlm import bench_start
     from firstlm.engine.weights import check_precision
 
-    cli_input.check_model_exists(checkpoint)
+    _check(checkpoint, output)
     found = bench_start.run(
         checkpoint, precision=check_precision(precision),
         prompt_tokens=cli_input.integers(prompt_tokens, "--prompt-tokens"), repeats=repeats,
         threads=threads, seed=seed,
     )  # fmt: skip
     _give(found, bench_start.as_text, seed, output, as_json)
+
+
+def _check(checkpoint: str, output: Path | None) -> None:
+    """What can be known before minutes of measurements; raises ValueError."""
+    cli_input.check_model_exists(checkpoint)
+    if output is not None:
+        check_can_write(output)
 
 
 def _replace(effort: Any, given: Mapping[str, Any]) -> Any:

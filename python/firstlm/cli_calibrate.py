@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -127,6 +128,12 @@ def calibrate(
     --min-quality 0.98
     """  # fmt: skip
     asked = None if rates is None else cli_input.numbers(rates, "--rates")
+    if tpot_ms is None and tpot_reduction is None and min_quality is None:
+        _refuse_unless_measured({
+            "--engine": engine != "auto", "--precision": precision, "--examples": examples,
+            "--timing-prompts": timing_prompts, "--repeats": repeats, "--new-tokens": new_tokens,
+            "--max-new-tokens": max_new_tokens,
+        })  # fmt: skip
     cli_input.check_model_exists(checkpoint)
     cli_input.quiet_libraries()
     from firstlm.calibration import Effort
@@ -152,3 +159,12 @@ def calibrate(
     typer.echo(json.dumps(result.to_json(), indent=2) if as_json else as_text(result))
     if result.choice is not None and not result.choice["met"]:
         cli_input.note("the request cannot be met: every layer is kept by default now")
+
+
+def _refuse_unless_measured(given: Mapping[str, object]) -> None:
+    """Of options that say how latency and quality are measured, none may be given in vain."""
+    if ignored := [option for option, value in given.items() if value]:
+        raise typer.BadParameter(
+            f"{', '.join(ignored)}: only with --tpot-ms, --tpot-reduction or --min-quality, "
+            "without which nothing is timed or scored"
+        )

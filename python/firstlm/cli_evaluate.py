@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from firstlm import cli_input
+from firstlm.atomic import check_can_write
 
 # What of the options means something to --oracle, beside itself.
 _OF_THE_ORACLE = {
@@ -166,6 +167,7 @@ def evaluate(
     Example: firstlm evaluate -c runs/first/checkpoint --trained static=runs/static/checkpoint
     --trained lora_only=runs/lora/checkpoint --data debian-synopsis --skip-rates 0.25 -o runs/eval
     """  # fmt: skip
+    check_can_write(output, folder=True)
     first = _merge([_folders(text, "--checkpoint") for text in checkpoint])
     rivals: dict[str, list[dict[float | None, list[str]]]] = {}
     for text in trained or []:

@@ -60,7 +60,10 @@ def read_prompts(given: list[str], file: str | None, interactive: bool = False) 
     if file is not None:
         if given:
             raise typer.BadParameter("give a prompt or --file, not both")
-        return list(read_jsonl(file))
+        try:
+            return list(read_jsonl(file))
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text") from None
     if given and given != ["-"]:
         return list(given)
     if not given and sys.stdin.isatty():
@@ -186,12 +189,19 @@ def encode(rows: list[Any], tokenizer, model, raw: bool) -> dict[str, Any]:
     return {name: t.to(model.device) for name, t in pad_prompts(ids, tokenizer).items()}
 
 
+def check_plan_options(skip_plan: str | None, budget: float | None, budget_mode: str) -> None:
+    """For before a model loads; raises typer.BadParameter."""
+    if budget is not None and skip_plan is not None:
+        raise typer.BadParameter("give --skip-plan or --budget, not both")
+    if budget is None and budget_mode == "exact":
+        raise typer.BadParameter("--budget-mode exact needs --budget, the share of layers to skip")
+
+
 def plan_arguments(
     num_layers: int, skip_plan: str | None, budget: float | None, budget_mode: str
 ) -> dict[str, Any]:
+    """What `generate` and `plan` of a model take, of options that `check_plan_options` passed."""
     if budget is not None:
-        if skip_plan is not None:
-            raise typer.BadParameter("give --skip-plan or --budget, not both")
         return {"budget": budget, "budget_mode": budget_mode}
     if skip_plan is None:
         return {}
@@ -211,13 +221,19 @@ def parse_plan(text: str, num_layers: int):
         return SkipPlan.full(num_layers)
     if text and not set(text) - {KEPT, SKIPPED}:
         return SkipPlan.from_mask([mark == KEPT for mark in text])
-    if not text.startswith("{"):
-        if not Path(text).is_file():
-            raise ValueError(f"--skip-plan {text!r} is neither a plan's JSON nor a file with it")
-        text = Path(text).read_text(encoding="utf-8")
-    value = json.loads(text)
-    # `firstlm plan --json` prints the plan among other fields: take that line as well.
-    return SkipPlan.from_json(json.dumps(value.get("skip_plan", value)))
+    inline = text.startswith("{")
+    if not inline and not Path(text).is_file():
+        raise ValueError(f"--skip-plan {text!r} is neither a plan's JSON nor a file with it")
+    try:
+        value = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
+        # `firstlm plan --json` prints the plan among other fields: take that line as well.
+        value = value.get("skip_plan", value)
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"--skip-plan {shorten(text) if inline else text} is not one JSON object: a plan is "
+            'one line of `firstlm plan --json`, or {"version", "num_layers", "kept"}, its skip_plan'
+        ) from None
+    return SkipPlan.from_json(json.dumps(value))
 
 
 def plan_fields(skip_plan, keep_prob) -> dict[str, Any]:

@@ -196,7 +196,8 @@ def choose(
     except UnsupportedModel as error:
         if engine == "native":
             raise
-        cli_input.note(str(error))
+        dropped = "" if precision is None else f"; without effect there: --precision {precision}"
+        cli_input.note(f"{error}{dropped}")
         return _hf(checkpoint, None, threads, options)
     if native.is_unrouted:
         cli_input.note_no_routers(checkpoint)

@@ -145,7 +145,8 @@ class RouterConfig:
             known = ", ".join(f"{rate:g}" for rate, _ in table) or "none"
             raise ValueError(
                 f"no thresholds are calibrated for a skip rate of {skip_rate} (calibrated: "
-                f'{known}); calibrate on held-out prompts, or ask for budget_mode="exact"'
+                f'{known}); calibrate on held-out prompts, or ask for budget_mode="exact" '
+                "(--budget-mode exact)"
             )
         rates = [rate for rate, _ in table]
         after = min(range(len(rates)), key=lambda i: (rates[i] < skip_rate - 1e-9, rates[i]))
