@@ -177,6 +177,7 @@ def test_a_warm_up_of_other_settings_is_refused(base, tmp_path):
         ({"kept": [1, 4, 5], "num_layers": 6}, "its plan skips the protected layers 0"),
         ({"kept": [0, 6], "num_layers": 6}, "from 0 to 5"),
         ([0, 1], "is no plan that firstlm train wrote"),
+        ({"kept": 4, "num_layers": 6}, "is no plan that firstlm train wrote"),
     ],
 )
 def test_a_common_plan_that_does_not_fit_is_refused_before_the_warm_up(

@@ -164,7 +164,7 @@ class RunPlans:
         path = Path(self.config.plan_search_common or "") / "control_plan.json"
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
-            kept, num_layers = plan["kept"], plan["num_layers"]
+            kept, num_layers = [int(i) for i in plan["kept"]], plan["num_layers"]
         except OSError:
             raise ValueError(
                 f"{setting}: {path} cannot be read; name the output_dir of a static control, and "
