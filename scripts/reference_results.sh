@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The reference results: FiRST and its rivals trained on SmolLM2-135M from one config, then compared by
-# `firstlm evaluate` on 300 test examples of each task.
+# `firstlm evaluate`, by default on 300 test examples of each task. The stored results/reference has 150 of each, and
+# other settings too: docs/recipes.md has the commands of what is stored.
 #
 #   bash scripts/reference_results.sh                      # skip rates 0.2667 and 0.5, three seeds
 #   RATES="0.5" SEEDS="0" bash scripts/reference_results.sh
@@ -11,8 +12,8 @@
 # length, uniform and random plans, LoRA without skipping, and FiRST as published (at the first rate). Runs of one
 # seed and rate share their warm-up. PAPER holds settings of the last, whose phase 1 takes the steps of warm-up and
 # routers. EVALUATE holds options of `firstlm evaluate` that replace those below. Runs are in runs/NAME/, the
-# results in results/NAME/. Half an hour or more of one core a run of 800 steps; every step goes on where it was
-# stopped.
+# results in results/NAME/. A run of 800 steps takes 25 to 65 minutes of one core with bf16 instructions; every step goes on
+# where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
