@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from firstlm.evaluation import statistics
 from firstlm.evaluation.metrics import METRICS, sentence_statistics, token_f1
 from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult
 from firstlm.evaluation.statistics import best_rows, rows
@@ -201,6 +202,14 @@ def test_seeds_that_were_timed_on_the_same_prompts_are_no_more_prompts() -> None
         row = rows(Evaluation({}, methods))[-1]
         widths.append(np.diff(row["speedup_ci95"])[0])
     assert widths[1] == pytest.approx(widths[0], rel=0.1) and widths[0] > 0.05
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_means_of_few_values_vary_as_much_as_such_means_do(count: int) -> None:
+    values = np.random.default_rng(1).normal(10, 2, count)
+    means = statistics._few_resampled(count, 200_000, np.random.default_rng(0)) @ values
+    assert means.mean() == pytest.approx(values.mean(), abs=0.02)
+    assert means.std() == pytest.approx(values.std(ddof=1) / np.sqrt(count), rel=0.02)
 
 
 def test_a_row_says_which_plans_ran_and_how_fast() -> None:

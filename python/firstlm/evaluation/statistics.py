@@ -192,11 +192,7 @@ def keep_masks(result: MethodResult) -> np.ndarray:
 
 
 def _over_seeds(estimates: Sequence[_Estimate], seeds: Sequence[Any], seed: int) -> _Estimate:
-    """The mean over K seeds, both examples and seeds resampled.
-
-    Resampled means of K values vary (K - 1) / K of what such means do: widened to make up for it,
-    but not below 0, where no metric is.
-    """
+    """The mean over K seeds, both examples and seeds resampled; not below 0, where no metric is."""
     count = len(seeds)
     if count == 1:
         return estimates[0]
@@ -204,9 +200,18 @@ def _over_seeds(estimates: Sequence[_Estimate], seeds: Sequence[Any], seed: int)
     draws = np.stack([estimate.draws for estimate in estimates])  # [K, R]
     # From the seeds alone, so that methods with the same ones are resampled alike.
     generator = np.random.default_rng([seed, zlib.crc32(repr(list(seeds)).encode())])
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=draws.shape[1]).T
-    weights = 1 / count + np.sqrt(count / (count - 1)) * (drawn - 1) / count  # [K, R]
-    return _Estimate(float(points.mean()), (weights * draws).sum(0).clip(min=0))
+    weights = _few_resampled(count, draws.shape[1], generator)  # [R, K]
+    return _Estimate(float(points.mean()), (weights.T * draws).sum(0).clip(min=0))
+
+
+def _few_resampled(count: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Weights [R, K] that make means of a few values from a resample.
+
+    Resampled means of K values vary (K - 1) / K of what such means do: widened to make up for it.
+    """
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    widen = np.sqrt(count / (count - 1)) if count > 1 else 1.0
+    return 1 / count + widen * (drawn - 1) / count
 
 
 def _pick(own: _Series, task: str, metric: str, pick: int | None, seed: int) -> _Estimate:
@@ -335,7 +340,7 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
     tpot = _joined(timed, "tpot_ms")
     # Plans, and so times, differ between prompts: medians over repeats, then means over prompts.
     own, full = (_by_prompt(timed, name) for name in ("tpot_ms", "full_tpot_ms"))  # [K, prompts]
-    chosen = _resampled(own.shape, seed)
+    own_draws, full_draws = _timed_means(own, full, seed)
     speedup = float(full.mean() / own.mean())
     ideal = float(np.mean([timing.ideal_speedup for timing in timed]))
     first = timed[0]
@@ -346,7 +351,7 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
         "full_ttft_ms": figures.measured(_joined(timed, "full_ttft_ms")),
         "tokens_per_s": figures.measured(1000 / np.asarray(tpot)),
         "speedup": speedup,
-        "speedup_ci95": _interval(full[chosen].mean((1, 2)) / own[chosen].mean((1, 2))),
+        "speedup_ci95": _interval(full_draws / own_draws),
         "ideal_speedup": ideal,
         "achieved_ratio": speedup / ideal,
         "kv_bytes": float(np.mean(_joined(timed, "kv_bytes"))),
@@ -363,12 +368,14 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
     }
 
 
-def _resampled(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of R draws from [seeds, prompts], each axis resampled as a whole: seeds of one prompt
-    are no prompts of their own."""
-    draws = np.random.default_rng(seed)
-    seeds, prompts = (draws.integers(0, size, (RESAMPLES, size)) for size in shape)
-    return seeds[:, :, None], prompts[:, None, :]
+def _timed_means(own: np.ndarray, full: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Means [R] of both [K, prompts] under the same resamples.
+
+    Each axis is resampled as a whole: seeds of one prompt are no prompts of their own.
+    """
+    generator = np.random.default_rng(seed)
+    seeds, prompts = (_few_resampled(size, RESAMPLES, generator) for size in own.shape)
+    return [np.einsum("rk,kp,rp->r", seeds, times, prompts) for times in (own, full)]
 
 
 def _joined(timings: Sequence[Timing], name: str) -> list[float]:
