@@ -43,6 +43,16 @@ def test_a_floor_within_the_interval_is_called_not_certain() -> None:
     assert "not certain" not in reasons[1]
 
 
+def test_a_rate_that_is_slower_than_the_full_model_is_no_choice() -> None:
+    def quality(rate: float) -> Quality:
+        return Quality("rouge_l", 1.0, 1.0, 1.0, None, 10)
+
+    tpot = {FULL: [10.0], 0.2: [10.4], 0.3: [10.2]}
+    decision = decide(Request(min_quality=0.9), tpot, quality)
+    assert (decision.rate, decision.met) == (FULL, False)
+    assert "the fastest is 0.3: TPOT 10.2 ms, 2.0% more" in decision.reason
+
+
 def test_without_a_floor_no_more_is_skipped_than_needed() -> None:
     decision, looked_at = choose(tpot_reduction=0.3)
     assert (decision.rate, decision.met, looked_at) == (0.3, True, [])

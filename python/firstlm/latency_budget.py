@@ -72,7 +72,7 @@ class Request:
             return tpot_ms <= self.tpot_ms
         if self.tpot_reduction is not None:
             return 1 - tpot_ms / full_tpot_ms >= self.tpot_reduction
-        return True
+        return tpot_ms < full_tpot_ms  # a floor alone: skipping that saves nothing is no choice
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def decide(
     qualities: dict[float, Quality] = {}
 
     def less(rate: float) -> str:
-        return f"TPOT {median[rate]:.3g} ms, {1 - median[rate] / full:.1%} less"
+        saved = 1 - median[rate] / full
+        return f"TPOT {median[rate]:.3g} ms, {abs(saved):.1%} {'less' if saved >= 0 else 'more'}"
 
     # The full model satisfies a limit in milliseconds that it keeps by itself.
     full_is_fast = request.tpot_ms is not None and full <= request.tpot_ms
