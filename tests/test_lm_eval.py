@@ -336,6 +336,10 @@ def test_models_of_another_kind_are_refused(routed, engine, hf):
         firstlm.LM(engine)
     with pytest.raises(ValueError, match="protected"):
         routed_lm(routed, skip_plan="▯▮▮▮▮▮")
+    with pytest.raises(ValueError, match="dtype, attn_implementation: of how a model is loaded"):
+        routed_lm(routed, dtype="float32", attn_implementation="eager")
+    with pytest.raises(ValueError, match="precision, num_threads: of how a model is loaded"):
+        firstlm.LM(engine, tokenizer="x", precision="float32", num_threads=1)
 
 
 # ---- its tasks as examples ----

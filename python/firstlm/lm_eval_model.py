@@ -120,6 +120,11 @@ class LM(HFLM):
             raise ValueError("precision is of engine=native; engine=hf takes dtype")
         if isinstance(pretrained, str):
             check_model_exists(pretrained)
+        else:
+            _refuse_options_of_loading(
+                router=router, adapter=adapter, revision=revision, dtype=dtype, precision=precision,
+                num_threads=num_threads if self._native else None, **kwargs,
+            )  # fmt: skip
         if self._native:
             device = "cpu"  # whatever the harness asks for by default
             if str(batch_size).startswith("auto"):
@@ -305,6 +310,15 @@ class LM(HFLM):
             "model_sha": self._path.model.router_config.base_revision or "",
             "firstlm": facts,
         }
+
+
+def _refuse_options_of_loading(**options: Any) -> None:
+    """Raises ValueError for options that a model which is there already cannot follow."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(
+            f"{', '.join(given)}: of how a model is loaded, and this one is: leave it out, or name "
+            "the model's folder instead"
+        )
 
 
 def _is_native(pretrained: Any, engine: str | None) -> bool:
