@@ -202,9 +202,11 @@ def test_a_common_plan_that_does_not_fit_is_refused_before_the_warm_up(
 def test_the_most_kept_layers_of_a_run_make_a_static_control(base, tmp_path):
     whole = run(base, str(tmp_path / "whole"), **SMALL)
     changes = {"control": "static", "control_plan": f"most_kept:{whole.output_dir}", **SMALL}
+    changes["skip_rate"] = 0.5  # its own, not that of the run
     result = run(base, str(tmp_path / "run"), **changes)
     shares = [layer.kept for layer in whole.health.layers]
     plan = json.loads((result.output_dir / "control_plan.json").read_text())["kept"]
+    assert len(plan) == 3
     assert min(shares[i] for i in plan) >= max(shares[i] for i in range(6) if i not in plan)
     with pytest.raises(FileNotFoundError, match=r"no health\.json"):
         run(base, str(tmp_path / "b"), **changes | {"control_plan": "most_kept:nowhere"})

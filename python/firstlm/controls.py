@@ -149,8 +149,8 @@ def most_kept_plan(
     return importance_plan(keep_share, skip_rate, protected)
 
 
-def keep_share_of_run(folder: str | Path) -> tuple[list[float], float]:
-    """Share of held-out prompts that kept each layer [L], and the skip rate, of a finished run.
+def keep_share_of_run(folder: str | Path) -> list[float]:
+    """Share of held-out prompts that kept each layer [L], of a finished run.
 
     Raises:
         FileNotFoundError: `folder` (a run or its checkpoint) has no health.json.
@@ -158,7 +158,7 @@ def keep_share_of_run(folder: str | Path) -> tuple[list[float], float]:
     for candidate in (Path(folder), Path(folder) / "checkpoint", Path(folder).parent):
         if (candidate / "health.json").is_file():
             health = json.loads((candidate / "health.json").read_text(encoding="utf-8"))
-            return [layer["kept"] for layer in health["layers"]], health["skip_rate"]
+            return [layer["kept"] for layer in health["layers"]]
     raise FileNotFoundError(
         f"no health.json in {folder}: name the output_dir of a finished run, as "
         "control_plan=most_kept:runs/train"

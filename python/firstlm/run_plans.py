@@ -225,8 +225,8 @@ class RunPlans:
         if isinstance(config.control_plan, list):
             return self._mask(config.control_plan)
         if config.control_plan.startswith("most_kept:"):
-            share, rate = keep_share_of_run(config.control_plan.partition(":")[2])
-            return most_kept_plan(share, rate, protected)
+            share = keep_share_of_run(config.control_plan.partition(":")[2])
+            return most_kept_plan(share, config.skip_rate, protected)
         by_position = plan_by_position(config.control_plan, num_layers, config.skip_rate, protected)
         if by_position is not None:
             return by_position
