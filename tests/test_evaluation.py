@@ -429,7 +429,7 @@ def test_an_engine_that_runs_as_many_but_other_layers_raises(
 
 def test_a_control_of_other_steps_is_refused(folders, data, tmp_path) -> None:
     copy = shutil.copytree(folders["static"].parent, tmp_path / "static")
-    (copy / "result.json").write_text(json.dumps({"phases": [{"steps": 11}]}))
+    (copy / "result.json").write_text(json.dumps({"phases": [{"name": "lora", "steps": 11}]}))
     with pytest.raises(checks.CheckFailed, match="11 optimizer steps and FiRST for 12"):
         run(folders["first"], data, tmp_path / "out", trained={"static": copy / "checkpoint"})
     (copy / "result.json").unlink()
@@ -450,6 +450,9 @@ def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
     TrainConfig.from_dict({"lora": {"lr": 1e-4}}).to_yaml(runs["static"] / "config.yaml")
     text = checks.check_steps(own, {"static": rival})
     assert text == "12 steps; static: lora.lr 0.0001 instead of 0.002"
+    phases = {"phases": [{"name": "warmup", "steps": 5}, {"name": "lora", "steps": 7}]}
+    (runs["first"] / "result.json").write_text(json.dumps(phases))
+    assert checks.check_steps(own, {"static": rival}).endswith("; static: no warm-up")
     assert checks.run_settings([rival, own, None]) == {rival: "lora.lr=0.0001", own: ""}
     TrainConfig.from_dict({"batch_size": 2}).to_yaml(runs["static"] / "config.yaml")
     with pytest.raises(checks.CheckFailed, match="batch_size 2 instead of 8"):
@@ -461,6 +464,7 @@ def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
     [
         ({"controls": ["unifrom"]}, "unknown control 'unifrom'"),
         ({"weights": ["mine"]}, "first or base"),
+        ({"weights": []}, "first or base"),
         ({"skip_rates": [0.95]}, "cannot be reached"),
         ({"skip_rates": None}, "does not say for which skip rate"),
         ({"skip_rates": [0.0, 0.3]}, "holds 0"),
@@ -486,6 +490,37 @@ def test_bad_arguments_are_refused_before_any_work(
     sources = changes.pop("data") if "data" in changes else data
     with pytest.raises(ValueError, match=message):
         run(folders["first"], sources, tmp_path, **changes)
+
+
+def copies_of_runs(folders, root: Path, seeds: dict[str, int], rate: float = RATE) -> list[Path]:
+    """Checkpoints named as in `seeds`, with a run's config and the rate it was trained for."""
+    for name, seed in seeds.items():
+        shutil.copytree(folders["first"].parent, root / name)
+        TrainConfig(seed=seed).to_yaml(root / name / "config.yaml")
+        health = root / name / "checkpoint" / "health.json"
+        health.write_text(json.dumps({"skip_rate_asked": rate}))
+    return [root / name / "checkpoint" for name in seeds]
+
+
+def test_checkpoints_that_are_no_seeds_of_one_training_are_refused(
+    folders, data, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(evaluation_run, "load_evaluation_data", None)
+    first = copies_of_runs(folders, tmp_path, {"first-0": 0, "first-1": 1})
+    rivals = copies_of_runs(folders, tmp_path, {"rival-1": 1, "rival-0": 0})
+    (other,) = copies_of_runs(folders, tmp_path, {"other": 2}, rate=0.5)
+
+    def refused(message: str, checkpoints: Any, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            run(checkpoints, data, tmp_path / "out", **changes)
+
+    refused("every training seed has its own folder", [first[0], first[0]])
+    refused(r"several skip rates \(.*0.34, .*0.5\)", [first[0], other], skip_rates=None)
+    refused("is of no skip rate: 0.34 have", {RATE: first[0], None: other}, skip_rates=None)
+    refused("rival-1.* seed 1, and stands where FiRST has seed 0", first, trained={"mine": rivals})
+    refused("was trained for a skip rate of 0.5", first, trained={"mine": {RATE: other}})
+    with pytest.raises(TypeError):  # the data that is not there: nothing was refused before it
+        run(first, data, tmp_path / "out", trained={"mine": rivals[::-1], "random": rivals})
 
 
 def test_an_effort_is_also_a_mapping() -> None:
@@ -525,6 +560,14 @@ def test_the_command(folders, data, tmp_path, monkeypatch, capsys) -> None:
     assert "one checkpoint a skip rate, not 2" in capsys.readouterr().err
     assert command(*own, "--oracle", "--threads", 1, "--controls", "base") == 2
     assert "has no use for --controls, --threads" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(*own, *oracle) == 1
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "measures in one process" in capsys.readouterr().err
+    assert command(*own, "--draws", 3, "--controls", "uniform") == 2
+    assert command(*own, "--timing", "none", "--repeats", 3) == 2
+    error = capsys.readouterr().err
+    assert "--draws are of the control random" in error and "--repeats and" in error
     assert command(*own, "--candidates", 4) == 2
     assert "--oracle tries" in capsys.readouterr().err
     assert command(*own, "--controls", "nothing") == 1

@@ -11,7 +11,7 @@ Letters: N prompts, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -242,6 +242,17 @@ def check_rates(
                 f"skip rate {rate} cannot be reached: {len(protected)} of {num_layers} layers are "
                 f"protected, so at most {most:.3f} can be skipped"
             )
+
+
+def nearest_rate(rates: Iterable[float], rate: float, num_layers: int) -> float | None:
+    """The one of `rates` that means as many layers as `rate`, to half a layer; None: none does.
+
+    Rates are named with three or four digits: 0.267 is 8 of 30 layers.
+    """
+    found = min(rates, key=lambda known: abs(known - rate), default=None)
+    if found is None or (abs(found - rate) - 5e-4) * num_layers > 0.5:
+        return None
+    return found
 
 
 def _search_rate(search: _Search, asked: float, tolerance: float, max_passes: int) -> _Trial:

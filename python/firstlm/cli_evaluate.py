@@ -201,8 +201,14 @@ def evaluate(
 
     named: Sequence[str] = DEFAULT_CONTROLS
     if controls is not None:
-        named = {"all": CONTROLS, "none": ()}.get(controls) or cli_input.names(controls)
-        named = () if controls == "none" else named
+        sets = {"all": CONTROLS, "none": ()}
+        named = sets[controls] if controls in sets else cli_input.names(controls)
+    if timing == "none" and not timing_prompts == repeats == new_tokens is None:
+        raise typer.BadParameter(
+            "--timing-prompts, --repeats and --new-tokens are of what --timing none leaves out"
+        )
+    if draws is not None and "random" not in named:
+        raise typer.BadParameter("--draws are of the control random, which --controls leaves out")
     given: dict[str, Any] = {
         "examples": examples, "validation": validation, "plan_examples": plan_examples,
         "draws": draws, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
@@ -246,11 +252,14 @@ def _oracle(
     given: dict[str, Any],
 ) -> None:
     """One oracle a rate, in a folder of its own."""
+    import os
     import sys
 
     from firstlm.evaluation import methods
     from firstlm.evaluation.oracle import OracleSettings, run_oracle
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--oracle measures in one process: start it without torchrun")
     first = methods.folders_of(first)
     methods.check_folders(first, "--checkpoint")
     settings = {name: value for name, value in given.items() if value is not None}

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from firstlm.budget import nearest_rate
+
 Row = Mapping[str, Any]
 
 # What FiRST should keep of LoRA-only's ROUGE-L when it skips this share of the layers.
 QUALITY_AIMS = {0.25: 0.98, 0.35: 0.95, 0.5: 0.90}
 TPOT_AIMS = {0.5: 0.35}  # by how much decoding a token should take less time
 ACHIEVED_AIM = 0.95  # of the ideal speedup
-_RATE_DIGITS = 5e-4  # rates are asked for with three or four digits: 0.267 is 8 of 30 layers
 TOO_FAST = "more than the bytes that it reads account for"
 
 
@@ -28,10 +29,8 @@ def judge(low: float, high: float, aim: float) -> str:
 def aim_of(aims: Mapping[float, float], row: Row) -> tuple[float, float] | None:
     """(rate, aim) of the known rate that is nearest to a row's; None where it is more than half a
     layer away."""
-    asked = row["skip_rate_asked"]
-    rate = min(aims, key=lambda known: abs(known - asked))
-    layers = (abs(rate - asked) - _RATE_DIGITS) * row["num_layers"]
-    return (rate, aims[rate]) if layers <= 0.5 else None
+    rate = nearest_rate(aims, row["skip_rate_asked"], row["num_layers"])
+    return None if rate is None else (rate, aims[rate])
 
 
 def quality_kept(row: Row) -> list[str]:

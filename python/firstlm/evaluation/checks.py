@@ -35,7 +35,7 @@ def check_skipping_matters(
     """Without any unprotected layer the loss is another one.
 
     Raises:
-        CheckFailed: it is not: plans do not reach the model.
+        CheckFailed: it is not, as plans do not reach the model, or it is no number.
     """
     keep = torch.zeros(num_layers, dtype=torch.bool)
     keep[list(protected) or [num_layers - 1]] = True
@@ -44,6 +44,8 @@ def check_skipping_matters(
         without, full = (path.losses(examples, {"skip_plan": plan}) for plan in plans)
     losses = [sum(loss for loss, _ in part) for part in (without, full)]
     tokens = sum(count for _, count in full)
+    if not all(map(math.isfinite, losses)):
+        raise CheckFailed(f"the answers have losses of {losses} nats: the weights are broken")
     if not bool(keep.all()) and losses[0] == losses[1]:
         raise CheckFailed(
             "a plan that skips every unprotected layer leaves the loss as it is "
@@ -90,11 +92,20 @@ def compare_timed_plans(
 
 def optimizer_steps(checkpoint: str | Path) -> int | None:
     """Steps that a run took over all phases; None where its folder does not say."""
+    phases = _steps_of_phases(checkpoint)
+    return None if phases is None else sum(phases.values())
+
+
+def _steps_of_phases(checkpoint: str | Path) -> dict[str, int] | None:
     try:
         result = json.loads((Path(checkpoint).parent / "result.json").read_text(encoding="utf-8"))
-        return sum(phase["steps"] for phase in result["phases"])
+        return {phase["name"]: phase["steps"] for phase in result["phases"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _has_warmup(checkpoint: str | Path) -> bool:
+    return "warmup" in (_steps_of_phases(checkpoint) or {})
 
 
 def check_steps(first: str, controls: Mapping[str, str]) -> str:
@@ -126,6 +137,8 @@ def check_steps(first: str, controls: Mapping[str, str]) -> str:
             raise CheckFailed(f"{name} was trained on other examples than FiRST: {other}")
         if other := _other_settings(*runs, _RECIPE):
             otherwise.append(f"{name}: {other}")
+        if _has_warmup(first) and not _has_warmup(folder):
+            otherwise.append(f"{name}: no warm-up")
     if own is None:
         return f"unknown: no result.json beside {first}"
     found = [f"{own} steps", *([f"unknown of {', '.join(unknown)}"] if unknown else []), *otherwise]

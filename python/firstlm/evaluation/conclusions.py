@@ -343,7 +343,7 @@ def _plans(row: Row, rows: Sequence[Row]) -> list[str]:
         f"skip {row['skip_rate_asked']:.0%}, it skips {row['skip_rate']:.1%} by prompt and "
         f"{row['skip_rate_by_token']:.1%} by answer token."
     ]
-    if unequal := _unequal(row, rows, rivals(row, rows)):
+    if unequal := _unequal(row, rows, {**rivals(row, rows), **shuffled(row)}):
         sentences.append(
             f"Not at the same skip rate: it skips {unequal}. A part of what lies between them is "
             "layers spent, not layers chosen."

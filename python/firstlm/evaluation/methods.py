@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from firstlm import controls
-from firstlm.budget import check_rates
+from firstlm.budget import check_rates, nearest_rate
 from firstlm.checkpoint import (
     CONFIG_NAME,
     SHIPPED,
@@ -44,6 +44,7 @@ from firstlm.health import derangement
 from firstlm.held_out import Example, rows_of
 from firstlm.layer_importance import measure_block_influence
 from firstlm.scoring import score
+from firstlm.train_config import TrainConfig
 
 UNSKIPPED = ("base", "lora_only")
 FROM_FIRST = ("exact", "shuffled", "shuffled_in_task", "length", "most_kept")
@@ -77,10 +78,13 @@ def check_folders(folders: Folders, what: str) -> None:
     """Raises ValueError for what is no folder of a whole checkpoint."""
     if not any(folders.values()):
         raise ValueError(f"{what}: at least one checkpoint is needed")
-    for folder in (Path(f) for found in folders.values() for f in found):
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise ValueError(f"{what}: {folder} is no folder of a checkpoint (no {name})")
+    for found in folders.values():
+        for folder in map(Path, found):
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                if not (folder / name).is_file():
+                    raise ValueError(f"{what}: {folder} is no folder of a checkpoint (no {name})")
+        if len({Path(folder).resolve() for folder in found}) < len(found):
+            raise ValueError(f"{what}: {', '.join(found)}: every training seed has its own folder")
 
 
 def trained_rate(folder: str | Path) -> float | None:
@@ -93,13 +97,34 @@ def trained_rate(folder: str | Path) -> float | None:
     return float(rates[0]) if len(rates) == 1 else None
 
 
+def training_seed(folder: str | Path) -> int | None:
+    """The seed that a checkpoint was trained with; None where its run's config is not there."""
+    file = Path(folder).parent / "config.yaml"
+    return TrainConfig.from_yaml(file).seed if file.is_file() else None
+
+
 def rates_of(first: Folders, asked: Sequence[float] | None) -> list[float]:
     """The skip rates of an evaluation, ascending.
 
     Raises:
-        ValueError: none are asked and the checkpoints do not say, or one cannot be reached.
+        ValueError: none are asked and the checkpoints do not say, or one cannot be reached; or
+            checkpoints are given as seeds of one training that were trained for several rates, or
+            one for no rate.
     """
     rates = {rate for rate in first if rate is not None} | set(asked or ())
+    for folders in first.values():
+        known = {folder: trained_rate(folder) for folder in folders}
+        if len(set(known.values()) - {None}) > 1:
+            each = ", ".join(f"{folder}: {rate}" for folder, rate in known.items())
+            raise ValueError(
+                f"checkpoints given together are seeds of one training, and these were trained for "
+                f"several skip rates ({each}): name each one's, RATE=FOLDER"
+            )
+    if None in first and rates and rates <= first.keys():
+        raise ValueError(
+            f"{', '.join(first[None])} is of no skip rate: {', '.join(f'{r:g}' for r in rates)} "
+            "have checkpoints of their own; name its rate, RATE=FOLDER"
+        )
     if not rates:
         found = [trained_rate(folder) for folder in first[None]]
         if None in found or 0.0 in found:
@@ -118,13 +143,13 @@ def rates_of(first: Folders, asked: Sequence[float] | None) -> list[float]:
 
 
 def check_controls(names: Iterable[str], weights: Iterable[str]) -> None:
-    """Raises ValueError for names that are none of CONTROLS and WEIGHTS."""
+    """Raises ValueError for names that are none of CONTROLS and WEIGHTS, or no weights."""
     for name in names:
         if name not in CONTROLS:
             raise ValueError(f"unknown control {name!r}: {', '.join(CONTROLS)}")
-    for kind in weights:
-        if kind not in WEIGHTS:
-            raise ValueError(f"weights of a control are {' or '.join(WEIGHTS)}, got {kind!r}")
+    weights = list(weights)
+    if not weights or not set(weights) <= set(WEIGHTS):
+        raise ValueError(f"weights of controls are {' or '.join(WEIGHTS)} or both, got {weights}")
 
 
 def make_methods(
@@ -176,7 +201,33 @@ def make_methods(
         found += [Method("first", "base", rate) for rate in rates]
     for name, folders in trained.items():
         found += _trained_methods(name, folders, rates)
+    _check_seeds(found)
     return found
+
+
+def _check_seeds(methods: Sequence[Method]) -> None:
+    """Raises ValueError where FiRST would be paired with another seed of a rival than its own.
+
+    Draws of random layers are no seeds, and nothing is known of checkpoints without their run.
+    """
+    own = {
+        (m.skip_rate_asked, m.seed): m.checkpoint
+        for m in methods
+        if (m.name, m.weights) == ("first", "first")
+    }
+    several = {rate for rate, seed in own if seed > 0}
+    for method in methods:
+        place = method.skip_rate_asked, method.seed
+        if method.weights != "trained" or method.name == "random" or place[0] not in several:
+            continue
+        if place not in own:
+            continue
+        seeds = [training_seed(folder) for folder in (own[place], method.checkpoint)]
+        if None not in seeds and seeds[0] != seeds[1]:
+            raise ValueError(
+                f"{method.checkpoint} was trained with seed {seeds[1]}, and stands where FiRST has "
+                f"seed {seeds[0]} ({own[place]}): name checkpoints of the same seeds, in one order"
+            )
 
 
 def _trained_methods(name: str, folders: Folders, rates: Sequence[float]) -> list[Method]:
@@ -195,14 +246,16 @@ def _rate_among(name: str, folder: str, given: float | None, rates: Sequence[flo
     """The asked rate that a trained control belongs to."""
     if name == "lora_only":
         return 0.0
-    own = trained_rate(folder) if given is None else given
+    own = trained_rate(folder)
+    if own is None:
+        own = given
     if own is None:
         raise ValueError(
             f"{folder} does not say for which skip rate it was trained: name it, {name}=RATE=FOLDER"
         )
     num_layers = read_router_config(Path(folder)).num_layers or 1
-    nearest = min(rates, key=lambda rate: abs(rate - own))
-    if abs(nearest - own) > 1 / num_layers:
+    nearest = nearest_rate(rates if given is None else {given} & set(rates), own, num_layers)
+    if nearest is None:
         raise ValueError(
             f"{name}: {folder} was trained for a skip rate of {own:g}, and "
             f"{', '.join(f'{rate:g}' for rate in rates)} are compared"

@@ -83,7 +83,7 @@ def evaluate(
         progress: show bars on stderr; None: on a terminal.
 
     Returns:
-        Evaluation, whole in every process; its files are written by the main one.
+        Evaluation, with latencies in the main process only, which writes the files.
 
     Raises:
         ValueError: arguments that do not fit together or that are unknown, before any work.
