@@ -7,7 +7,7 @@ import math
 import pytest
 
 from firstlm.latency_budget import FULL, Decision, Request, decide
-from firstlm.quality import Quality, compare
+from firstlm.quality import METRICS, Quality, compare
 
 # The full model takes 10 ms; 0.4 is slower than 0.3 here, as may happen.
 TPOT = {FULL: [9.0, 10.0, 30.0], 0.2: [8.0, 8.0, 8.0], 0.3: [6.0, 6.0, 6.0],
@@ -112,6 +112,14 @@ def test_quality_is_1_where_both_are_alike_and_falls_with_losses() -> None:
     perplexity = compare("perplexity", [(4.0, 3), (2.0, 1)], [(3.0, 3), (1.0, 1)], seed=0)
     assert perplexity.value == pytest.approx(math.exp(1.5))
     assert perplexity.relative == pytest.approx(math.exp(-0.5))
+
+
+def test_chrf_is_sacrebleus_and_asked_for_only_where_that_is(monkeypatch) -> None:
+    scores = METRICS["chrf"](["ein Paket", "nichts"], ["ein Paket", "eine Bibliothek"])
+    assert scores[0] == pytest.approx(100) and 0 < scores[1] < 20
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs sacrebleu: pip install"):
+        Request(min_quality=0.9, metric="chrf")
 
 
 def test_the_interval_is_paired_and_holds_the_estimate() -> None:

@@ -140,7 +140,7 @@ def calibrate(
         tpot_reduction: or: the share of the full model's that is to go, at least.
         min_quality: share of the full model's quality (adapter merged, every layer kept) that has
             to stay, at least. A point estimate on `effort.examples` examples.
-        metric: of quality: rouge_l, exact_match, cross_entropy or perplexity.
+        metric: of quality: rouge_l, exact_match, chrf, cross_entropy or perplexity.
         default_rate: or: make the thresholds of this rate the default, without measuring.
         engine: that is measured: "native", "hf", or "auto": native where it runs the model.
         precision: of the engine; None: int8.

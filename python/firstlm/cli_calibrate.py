@@ -54,7 +54,7 @@ def calibrate(
         _option("--min-quality", help="Share of the full model's quality to stay: 0.98."),
     ] = None,
     metric: Annotated[
-        Literal["rouge_l", "exact_match", "cross_entropy", "perplexity"] | None,
+        Literal["rouge_l", "exact_match", "chrf", "cross_entropy", "perplexity"] | None,
         _option("--metric", help="Of quality; default: rouge_l."),
     ] = None,
     default_rate: Annotated[
