@@ -230,7 +230,7 @@ def _layers_less(row: Row, other: Row, name: str) -> float:
 def _with_differences(
     entries: Entries, metric: str, keys: Sequence[str] | None = None, *, short: bool = False
 ) -> str:
-    """ "best static plan + LoRA: -0.049 [-0.061, +0.037], …" """
+    """ "static plan + LoRA: -0.049 [-0.061, +0.037], …" """
     return ", ".join(
         f"{control_title(key, short=short)}: {difference(entries[key][metric], metric)}"
         for key in (entries if keys is None else keys)

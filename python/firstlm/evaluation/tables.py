@@ -23,7 +23,7 @@ TITLES = {
     "first": "FiRST's plans",
     "base": "nothing skipped",
     "lora_only": "nothing skipped",
-    "static": "best static plan",
+    "static": "static plan",
     "uniform": "every n-th layer",
     "random": "random layers",
     "first_layers": "first layers dropped",
