@@ -8,11 +8,11 @@
 #   CONFIG=smollm2-synopsis TASKS=debian-synopsis NAME=synopsis bash scripts/reference_results.sh
 #   NAME=short bash scripts/reference_results.sh warmup.steps=60 lora.steps=160    # settings of every training
 #
-# FiRST and the best static plan are trained with every seed, their rivals with the first one: plans by prompt
+# FiRST and the searched static plan are trained with every seed, their rivals with the first one: plans by prompt
 # length, uniform and random plans, LoRA without skipping, and FiRST as published (at the first rate). Runs of one
 # seed and rate share their warm-up. PAPER holds settings of the last, whose phase 1 takes the steps of warm-up and
 # routers. EVALUATE holds options of `firstlm evaluate` that replace those below. Runs are in runs/NAME/, the
-# results in results/NAME/. A run of 800 steps takes 25 to 65 minutes of one core with bf16 instructions; every step goes on
+# results in results/NAME/. A run of 800 steps takes 20 to 65 minutes of one core with bf16 instructions; every step goes on
 # where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."

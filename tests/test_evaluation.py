@@ -473,7 +473,7 @@ def test_every_run_of_a_control_is_checked_and_on_the_same_examples(
         ({"trained": {"static": "nowhere"}}, "nowhere is no folder of a checkpoint"),
         ({"trained": {"my-rival": "nowhere"}}, "give a rival a name"),
         ({"trained": {"shuffled_mine": "nowhere"}}, "give a rival a name"),
-        ({"skip_rates": [0.7], "trained": {"static": "static"}}, "was trained for a skip rate"),
+        ({"skip_rates": [0.7], "trained": {"static": "static"}}, "is of a skip rate of"),
         ({"data": []}, "no task"),
         ({"effort": {"exampels": 3}}, "setting 'exampels'; did you mean 'examples'"),
         ({"effort": {"a": 1, "b": 2}}, "'a'; known here: examples, .*, draws\n.*'b'"),
@@ -518,7 +518,8 @@ def test_checkpoints_that_are_no_seeds_of_one_training_are_refused(
     refused(r"several skip rates \(.*0.34, .*0.5\)", [first[0], other], skip_rates=None)
     refused("is of no skip rate: 0.34 have", {RATE: first[0], None: other}, skip_rates=None)
     refused("rival-1.* seed 1, and stands where FiRST has seed 0", first, trained={"mine": rivals})
-    refused("was trained for a skip rate of 0.5", first, trained={"mine": {RATE: other}})
+    refused("is of a skip rate of 0.5", first, trained={"mine": other})
+    refused("is of a skip rate of 0.44", first, trained={"mine": {0.44: rivals[0]}})
     with pytest.raises(TypeError):  # the data that is not there: nothing was refused before it
         run(first, data, tmp_path / "out", trained={"mine": rivals[::-1], "random": rivals})
 

@@ -212,6 +212,11 @@ def test_means_of_few_values_vary_as_much_as_such_means_do(count: int) -> None:
     assert means.std() == pytest.approx(values.std(ddof=1) / np.sqrt(count), rel=0.02)
 
 
+def test_two_prompts_of_very_different_times_give_an_interval_of_speed_that_can_be() -> None:
+    own, full = statistics._timed_means(np.array([[10.0, 60.0]]), np.array([[20.0, 90.0]]), 0)
+    assert own.min() == 10 and own.max() == 60 and (full / own > 0).all()
+
+
 def test_a_row_says_which_plans_ran_and_how_fast() -> None:
     found = rows(evaluation(n=20))
     first = next(r for r in found if r["method"] == "first" and r["seed"] == "all")

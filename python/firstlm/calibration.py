@@ -178,6 +178,7 @@ def calibrate(
     if split not in ("validation", "test"):
         raise ValueError(f"split must be 'validation' or 'test', held-out data, got {split!r}")
     check_can_write(work_dir or folder / WORK_FOLDER, folder=True)
+    check_can_write(folder / CONFIG_NAME)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -16,6 +16,7 @@ import json
 import lzma
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -185,7 +186,7 @@ def _lines_of(path: Path, opener: Callable[..., Any]) -> Iterator[str]:
             yield from lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked: {error}") from None
 
 

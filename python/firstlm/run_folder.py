@@ -62,7 +62,6 @@ class RunFolder:
                 would start from what overwrite deletes; or there is no warm-up to take over.
         """
         if self.writes:
-            check_can_write(self.path, folder=True)
             if not self._has_begun():
                 self._refuse_to_lose_config()
             elif config.overwrite:
@@ -70,7 +69,10 @@ class RunFolder:
             else:
                 self._check_same_run(config, data)
             self._check_warmup(config, data)
-        return None if config.overwrite else self.read("result.json")
+        done = None if config.overwrite else self.read("result.json")
+        if self.writes and done is None:
+            check_can_write(self.path, folder=True)
+        return done
 
     def begin(self, config: TrainConfig, data: Mapping[str, str]) -> None:
         """Takes up, or starts, the run of `config`, once everything else about it is checked.
@@ -155,8 +157,8 @@ class RunFolder:
         """
         for name in ("result.json", *PHASES, "checkpoint", *_OUTPUTS, *reversed(_INPUTS)):
             path = self.path / name
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 

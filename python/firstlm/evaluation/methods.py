@@ -99,8 +99,10 @@ def trained_rate(folder: str | Path) -> float | None:
 
 def training_seed(folder: str | Path) -> int | None:
     """The seed that a checkpoint was trained with; None where its run's config is not there."""
-    file = Path(folder).parent / "config.yaml"
-    return TrainConfig.from_yaml(file).seed if file.is_file() else None
+    try:
+        return TrainConfig.from_yaml(Path(folder).parent / "config.yaml").seed
+    except (OSError, ValueError):
+        return None
 
 
 def rates_of(first: Folders, asked: Sequence[float] | None) -> list[float]:
@@ -246,18 +248,16 @@ def _rate_among(name: str, folder: str, given: float | None, rates: Sequence[flo
     """The asked rate that a trained control belongs to."""
     if name == "lora_only":
         return 0.0
-    own = trained_rate(folder)
-    if own is None:
-        own = given
+    own = trained_rate(folder) if given is None else given
     if own is None:
         raise ValueError(
             f"{folder} does not say for which skip rate it was trained: name it, {name}=RATE=FOLDER"
         )
     num_layers = read_router_config(Path(folder)).num_layers or 1
-    nearest = nearest_rate(rates if given is None else {given} & set(rates), own, num_layers)
+    nearest = nearest_rate(rates, own, num_layers)
     if nearest is None:
         raise ValueError(
-            f"{name}: {folder} was trained for a skip rate of {own:g}, and "
+            f"{name}: {folder} is of a skip rate of {own:g}, and "
             f"{', '.join(f'{rate:g}' for rate in rates)} are compared"
         )
     return nearest

@@ -371,11 +371,15 @@ def _timing_figures(timings: Sequence[Timing | None], seed: int) -> dict[str, An
 def _timed_means(own: np.ndarray, full: np.ndarray, seed: int) -> list[np.ndarray]:
     """Means [R] of both [K, prompts] under the same resamples.
 
-    Each axis is resampled as a whole: seeds of one prompt are no prompts of their own.
+    Each axis is resampled as a whole: seeds of one prompt are no prompts of their own. Widened
+    weights reach beyond the values, where no mean of them lies.
     """
     generator = np.random.default_rng(seed)
     seeds, prompts = (_few_resampled(size, RESAMPLES, generator) for size in own.shape)
-    return [np.einsum("rk,kp,rp->r", seeds, times, prompts) for times in (own, full)]
+    return [
+        np.einsum("rk,kp,rp->r", seeds, times, prompts).clip(times.min(), times.max())
+        for times in (own, full)
+    ]
 
 
 def _joined(timings: Sequence[Timing], name: str) -> list[float]:
