@@ -54,6 +54,11 @@ METRICS: dict[str, TextScorer | None] = {
 }
 
 
+def has_sacrebleu() -> bool:
+    """Whether BLEU and chrF can be computed: they need the extra `firstlm[eval]`."""
+    return importlib.util.find_spec("sacrebleu") is not None
+
+
 def check_metric(name: str) -> None:
     """Refuse a metric that cannot be measured.
 
@@ -62,7 +67,7 @@ def check_metric(name: str) -> None:
     """
     if name not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
-    if name == "chrf" and importlib.util.find_spec("sacrebleu") is None:
+    if name == "chrf" and not has_sacrebleu():
         raise ValueError("metric chrf needs sacrebleu: pip install 'firstlm[eval]'")
 
 

@@ -220,9 +220,8 @@ def _check_seeds(methods: Sequence[Method]) -> None:
     several = {rate for rate, seed in own if seed > 0}
     for method in methods:
         place = method.skip_rate_asked, method.seed
-        if method.weights != "trained" or method.name == "random" or place[0] not in several:
-            continue
-        if place not in own:
+        paired = method.weights == "trained" and method.name != "random" and place in own
+        if not paired or method.skip_rate_asked not in several:
             continue
         seeds = [training_seed(folder) for folder in (own[place], method.checkpoint)]
         if None not in seeds and seeds[0] != seeds[1]:

@@ -10,7 +10,6 @@ are sacrebleu's with its defaults, over all examples of a sample.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from firstlm.evaluation.records import ExampleResult
 from firstlm.measure import rouge
-from firstlm.quality import exact_match
+from firstlm.quality import exact_match, has_sacrebleu
 
 _BLEU_ORDER, _CHRF_ORDER, _CHRF_BETA = 4, 6, 2
 _ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
@@ -98,11 +97,6 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric("exact match (0-1)", True, "exact_match", _mean),
     "token_f1": Metric("token F1 (0-1)", True, "token_f1", _mean),
 }
-
-
-def has_sacrebleu() -> bool:
-    """Whether BLEU and chrF can be computed: they need the extra `firstlm[eval]`."""
-    return importlib.util.find_spec("sacrebleu") is not None
 
 
 def sentence_statistics(examples: Sequence[ExampleResult]) -> dict[str, np.ndarray]:
