@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import pipeline
+from transformers import AutoConfig, PretrainedConfig, pipeline
 
 import firstlm
 from firstlm import RouterConfig, checkpoint, cli_info
@@ -75,6 +75,67 @@ def test_a_merged_adapter_is_not_lost_by_saving(tmp_path):
     with pytest.raises(ValueError, match="load without merge_adapter"):
         merged.save_pretrained(tmp_path)
     assert (tmp_path / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("change", ["merge", "train", "resize"])
+def test_a_base_that_has_changed_is_not_lost_by_saving(change, tmp_path):
+    model = routed_model("llama")
+    if change == "merge":
+        model = get_peft_model(model, lora()).merge_and_unload()
+    elif change == "train":
+        with torch.no_grad():
+            model.model.norm.weight += 1e-3
+    else:
+        model.resize_token_embeddings(120)
+    with pytest.raises(ValueError, match="base are not as they were loaded"):
+        model.save_pretrained(tmp_path / "routed")
+    assert not (tmp_path / "routed").exists()
+
+
+def test_a_base_that_was_cast_is_the_one_that_was_loaded(tmp_path):
+    model = routed_model("llama", torch.float32)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model.to(dtype).save_pretrained(tmp_path)
+
+
+def test_a_loaded_base_is_frozen_and_routers_learn():
+    model = routed_model("llama")
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns and all(".router." in name for name in learns)
+
+
+def test_only_the_main_process_saves(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path / "routed", is_main_process=False)
+    assert not (tmp_path / "routed").exists()
+
+
+def test_a_given_state_dict_is_what_is_saved(tmp_path):
+    model = routed_model("llama")
+    model.add_adapter(lora())
+    twice = {name: value * 2 for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=twice)
+    again = firstlm.from_pretrained(tmp_path, dtype=torch.float64)
+    learnt = {n: p for n, p in again.named_parameters() if "router" in n or "lora_" in n}
+    assert any("lora_" in name for name in learnt)
+    for name, value in learnt.items():
+        assert torch.equal(value, twice[name])
+
+
+def test_options_of_a_hub_reach_every_file_that_is_asked_for(monkeypatch):
+    asked = []
+
+    def note(cls, function):
+        def call(source, *args, **options):
+            asked.append(options)
+            return function(source, *args, **options)
+
+        monkeypatch.setattr(cls, function.__name__, call)
+
+    note(PretrainedConfig, PretrainedConfig.get_config_dict)
+    note(AutoConfig, AutoConfig.from_pretrained)
+    given = {"token": "secret", "local_files_only": True}
+    firstlm.from_pretrained(tiny_base_path("llama"), **given)
+    assert len(asked) >= 2 and all(given.items() <= options.items() for options in asked)
 
 
 def test_the_base_of_a_checkpoint_is_asked_for_in_its_revision(tmp_path, monkeypatch):
@@ -173,6 +234,21 @@ def test_routers_stay_float32_beside_a_bfloat16_base():
     model = firstlm.from_pretrained(tiny_base_path("llama"), dtype="bfloat16")
     assert {p.dtype for p in model.router_parameters()} == {torch.float32}
     assert model.plan(**pad(prompts(LENGTHS))).keep_prob.dtype == torch.float32
+
+
+def test_layers_that_a_device_map_offloads_are_routed(tmp_path):
+    base = tiny_base_path("llama")
+    config = RouterConfig(protected=[0])
+    places = dict.fromkeys([f"model.layers.{i}" for i in (1, 3)], "disk")
+    places |= dict.fromkeys([f"model.layers.{i}" for i in (0, 2, 4, 5)], "cpu")
+    places |= dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb"], "cpu")
+    options = {"device_map": places | {"lm_head": "cpu"}, "offload_folder": str(tmp_path)}
+    batch = pad(prompts(LENGTHS))
+    found = draw_routers(firstlm.from_pretrained(base, config, **options))
+    whole = draw_routers(firstlm.from_pretrained(base, config))
+    assert torch.equal(
+        found.generate(**batch, max_new_tokens=5), whole.generate(**batch, max_new_tokens=5)
+    )
 
 
 def test_device_map_places_routers_with_their_layers():

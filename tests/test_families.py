@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 import firstlm
 from firstlm import SkipPlan
 from firstlm.cache_argument import cache_of
-from firstlm.routed_model import position_ids_of
+from firstlm.loading import check_routable
+from firstlm.prompt import position_ids_of
 from tiny_models import (
     FAMILIES,
     assert_adaptive,
@@ -183,6 +184,13 @@ def test_a_model_that_tells_its_layers_nothing_is_refused_at_load(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not pass keyword arguments on"):
         firstlm.from_pretrained(tmp_path)
+
+
+def test_layers_with_a_router_of_experts_are_refused():
+    model = base_model("llama")
+    model.model.layers[0].router = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="a router of their own"):
+        check_routable(model)
 
 
 def test_a_model_keeps_its_class_name_and_layer_names():

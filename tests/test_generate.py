@@ -252,6 +252,17 @@ class TestSecondTurn:
             )
         assert calls.prefill.sum() == 0
 
+    def test_another_number_of_sequences_is_refused_until_the_cache_has_it(self, model):
+        conversation, first = self.first_turn(model)
+        cache = cache_of(first)
+        greedy = model.generate(**conversation, skip_plan=first.skip_plans[0], **LENGTH).sequences
+        options = LENGTH | {"num_return_sequences": 3, "do_sample": True, "top_k": 1}
+        with pytest.raises(ValueError, match="1 sequences, the batch 3: repeat"):
+            model.generate(**conversation, cache=cache, **options)
+        cache.batch_repeat_interleave(3)
+        three = model.generate(**conversation, cache=cache, **options).sequences
+        assert torch.equal(three, greedy.expand(3, -1))
+
     def test_replan_with_new_tokens_only_is_refused(self, model):
         conversation, first = self.first_turn(model)
         with pytest.raises(ValueError, match="whole conversation"):
@@ -334,7 +345,38 @@ def test_forward_refuses_a_foreign_cache_and_other_plans(model):
             model(input_ids=ids[:, :1], cache=cache, skip_plan=SkipPlan((0,), NUM_LAYERS))
 
 
-def test_a_cache_under_autograd_is_refused(model):
+def test_a_cache_follows_the_plans_that_were_set_on_it(model):
+    row = prompts([9])[0][None]
+    for plan in (SkipPlan((0, 1, 2), NUM_LAYERS), SkipPlan((0, 5), NUM_LAYERS)):
+        cache = SkipCache(model.config)
+        cache.set_plans(plan, 1)
+        found = model.generate(row, cache=cache, **LENGTH)
+        assert found.skip_plans == [plan]
+        given = model.generate(row, skip_plan=plan, **LENGTH)
+        assert torch.equal(found.sequences, given.sequences)
+        cache = SkipCache(model.config)
+        cache.set_plans(plan, 1)
+        routed = model.generate(row, cache=cache, replan=True, **LENGTH)
+        assert routed.skip_plans == plans_of(model, row)
+
+
+def test_a_cache_is_kept_outside_of_no_grad_where_nothing_but_routers_learns():
+    row = prompts([9])[0][None]
+    model = routed_model("llama")  # its routers learn, its base does not
+    expected = model.generate(row, **LENGTH).sequences
+    ids, cache, tokens = row, None, row
+    while tokens.shape[1] < expected.shape[1]:
+        out = model(ids, past_key_values=cache)
+        cache = cache_of(out)
+        ids = out.logits[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, ids], 1)
+    assert torch.is_grad_enabled() and torch.equal(tokens, expected)
+    assert cache_of(model(row, gate="soft")) is None
+    assert cache_of(model.requires_grad_(True)(row)) is None
+
+
+def test_a_cache_under_autograd_is_refused():
+    model = routed_model("llama").requires_grad_(True)
     with pytest.raises(RuntimeError, match="no autograd history"):
         model(input_ids=prompts([5])[0][None], cache=SkipCache(model.config))
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import collections
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import firstlm
 from firstlm import RouterConfig, SkipPlan
-from firstlm.routed_model import default_prompt_mask
-from tiny_models import NUM_LAYERS, assert_adaptive, base_model, pad, prompts, routed_model
+from firstlm.prompt import default_prompt_mask, position_ids_of
+from tiny_models import (
+    NUM_LAYERS,
+    assert_adaptive,
+    base_model,
+    pad,
+    prompts,
+    routed_model,
+    tiny_base_path,
+)
 
 LENGTHS = [13, 5, 9, 11]
 
@@ -218,6 +229,42 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_reentrant_checkpointing_of_gates_that_learn_is_refused():
+    model = open_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match='"use_reentrant": False'):
+        model(**training_batch(), gate="soft", use_cache=False)
+    out = model(**training_batch(), gate="hard", use_cache=False)  # learns through the layers alone
+    assert out.loss.requires_grad
+
+
+def test_labels_that_leave_no_prompt_are_refused():
+    model = routed_model("llama")
+    batch = pad(prompts(LENGTHS), "right")
+    mask = batch["attention_mask"]
+    batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+    with pytest.raises(ValueError, match="leave sequence 0 no prompt"):
+        model(**batch)
+    read = model(**batch, prompt_mask=mask.bool())
+    assert read.skip_plans == model.plan(batch["input_ids"], mask).skip_plans
+    model(**batch, skip_plan=SkipPlan.full(NUM_LAYERS))
+    padding = {name: torch.zeros_like(value[:1]) for name, value in batch.items()}
+    padding["labels"] -= 100
+    model(**padding)  # fills up a batch, has no tokens to read
+
+
+def test_packed_documents_are_refused():
+    model = routed_model("llama")
+    ids = torch.cat(prompts([7, 5]))[None]
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    with pytest.raises(ValueError, match="a row of its own"):
+        model(ids, position_ids=positions)
+    model(ids, position_ids=positions, skip_plan=SkipPlan.full(NUM_LAYERS))
+    for side in ("left", "right"):
+        batch = pad(prompts(LENGTHS), side)
+        model(**batch, position_ids=position_ids_of(batch["attention_mask"]))
+
+
 class OpCounter(TorchDispatchMode):
     """Counts the calls of firstlm's ops by name."""
 
@@ -341,3 +388,16 @@ def test_a_wrong_router_config_is_refused(values, says):
 def test_a_router_config_of_another_model_is_refused(values, says):
     with pytest.raises(ValueError, match=says):
         RouterConfig(**values).resolved(NUM_LAYERS)
+
+
+def test_the_loop_of_the_documentation_runs_as_written(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    own = text.split("## Your own loop")[1]
+    code = re.search(r"```python\n(.*?)```", own, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "firstlm": firstlm, "batches": [training_batch()] * 2}
+    exec(code.replace('"embedded"', repr(str(tiny_base_path("llama")))), names)
+    before = names["model"].plan(**pad(prompts(LENGTHS))).keep_prob
+    assert before.unique().numel() > 1, "the routers have learnt something"
+    again = firstlm.from_pretrained("runs/own")
+    assert torch.equal(again.plan(**pad(prompts(LENGTHS))).keep_prob, before)

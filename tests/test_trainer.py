@@ -19,6 +19,7 @@ from firstlm.interrupt import InterruptGuard
 from firstlm.layer_drop import FixedPlan, RandomLayerDrop
 from firstlm.phases import Phase
 from firstlm.rate_control import Multiplier, Ramp, ThresholdFollower
+from firstlm.scoring import score
 from firstlm.train_config import DistillConfig
 from firstlm.trainer import NonFiniteLoss, latest_checkpoint
 from firstlm.training import CHECKPOINTING
@@ -464,6 +465,45 @@ def test_resuming_another_phase_is_refused(tmp_path):
     trainer = make_trainer(model_with_adapter(), router_phase(), tmp_path / "b")
     with pytest.raises(ValueError, match="phase 'lora', not 'routers'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_held_out_rows_are_measured_and_steer_nothing(tmp_path):
+    held_out = examples(7, seed=5)
+    logs = []
+    for options in ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": held_out}):
+        trainer = make_trainer(model_with_adapter(), router_phase(), tmp_path, **options)
+        trainer.train()
+        logs.append((learnt_state(trainer.model), trainer.state.log_history))
+    (plain, log), (measured, log_with) = logs
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    same_log(log, [line for line in log_with if "eval_loss" not in line])
+    expected = score(trainer.model, held_out, COLLATOR)
+    last = [line for line in log_with if "eval_loss" in line][-1]
+    assert last["eval_loss"] == last["eval_cross_entropy"] == pytest.approx(expected.cross_entropy)
+    assert last["eval_skip_rate"] == pytest.approx(expected.skip_rate)
+    named = trainer.evaluate({"a": held_out, "b": examples(3)})
+    assert named["eval_a_loss"] == pytest.approx(expected.cross_entropy)
+    assert {"eval_b_skip_rate", "eval_b_plans"} <= named.keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1000},
+        {"compute_metrics": lambda prediction: {}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_cannot_work_are_refused_at_once(options, tmp_path):
+    options = options | {"eval_dataset": examples(4)}
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is not supported"):
+        make_trainer(model_with_adapter(), lora_phase(), tmp_path, **options)
+
+
+def test_predict_says_what_to_use(tmp_path):
+    trainer = make_trainer(model_with_adapter(), lora_phase(), tmp_path)
+    with pytest.raises(ValueError, match="evaluate"):
+        trainer.predict(examples(4))
 
 
 def test_max_steps_is_needed(tmp_path):

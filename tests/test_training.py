@@ -22,7 +22,7 @@ from firstlm.data import load_corpus
 from firstlm.phases import router_phase
 from firstlm.run_folder import RunFolder
 from firstlm.train_config import DataConfig
-from firstlm.train_data import load_train_data
+from firstlm.train_data import hashes_of, load_train_data
 from firstlm.training import resolve_auto
 from tiny_models import routed_model, tiny_base_path
 from tiny_training import examples
@@ -280,6 +280,19 @@ def test_a_run_is_not_taken_for_one_on_other_data(base, tmp_path):
     changes = settings(base, folder) | {"phases": ["warmup"], **SMALL}
     with pytest.raises(ValueError, match=r"other data \(train\).*overwrite=true"):
         firstlm.train(changes, **datasets() | {"train_dataset": examples(50, seed=9)})
+
+
+def test_held_out_splits_of_the_training_data_are_watched_too(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": "say", "answer": split}))
+    of = DataConfig(train=str(tmp_path))
+    before = hashes_of(of, {})
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"prompt": "say", "answer": "else"}))
+    after = hashes_of(of, {})
+    assert {name for name in after if after[name] != before[name]} == {"validation"}
+    several = DataConfig(train=[str(tmp_path), "debian-synopsis"])
+    assert hashes_of(several, {}) == after
+    assert not hashes_of(DataConfig(train="debian-synopsis"), {})
 
 
 def test_a_finished_run_is_found_where_it_was_moved_to(base, tmp_path):

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,22 @@ def base_config_sha256(base: str | Path, **kwargs: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def router_state_dict(model: Any) -> dict[str, torch.Tensor]:
-    """`layers.N.<parameter>` -> tensor, contiguous on the CPU."""
-    return {
-        f"layers.{layer_idx}.{name}": tensor.detach().to("cpu").contiguous()
-        for layer_idx, layer in enumerate(model.decoder_layers)
-        for name, tensor in layer.router.state_dict().items()
-    }
+def router_state_dict(
+    model: Any, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """`layers.N.<parameter>` -> tensor, contiguous on the CPU.
+
+    Args:
+        state_dict: the model's, to take values from; None: its own parameters.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for layer_idx, layer in enumerate(model.decoder_layers):
+        for name, tensor in layer.router.state_dict().items():
+            if state_dict is not None:
+                tensor = state_dict[f"{names[id(layer.router)]}.{name}"]
+            found[f"layers.{layer_idx}.{name}"] = tensor.detach().to("cpu").contiguous()
+    return found
 
 
 @torch.no_grad()
@@ -123,18 +133,26 @@ def load_router_state_dict(model: Any, state: dict[str, torch.Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def save_checkpoint(model: Any, folder: str | Path) -> None:
-    """Write routers and, if one is attached, the adapter; each file appears whole or not at all."""
+def save_checkpoint(
+    model: Any, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write routers and, if one is attached, the adapter; each file appears whole or not at all.
+
+    Args:
+        state_dict: the model's, to take values from; None: its own parameters.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a checkpoint is a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
         new = Path(scratch)
-        save_file(router_state_dict(model), new / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(
+            router_state_dict(model, state_dict), new / WEIGHTS_NAME, metadata={"format": "pt"}
+        )
         text = json.dumps(model.router_config.to_dict(), indent=2) + "\n"
         (new / CONFIG_NAME).write_text(text, encoding="utf-8")
-        _save_adapter(model, new / ADAPTER_FOLDER)
+        _save_adapter(model, new / ADAPTER_FOLDER, state_dict)
         adapter = folder / ADAPTER_FOLDER
         if (new / ADAPTER_FOLDER).exists():
             publish_folder(new / ADAPTER_FOLDER, adapter)
@@ -144,7 +162,7 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
             os.replace(new / name, folder / name)
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
+def _save_adapter(model: Any, folder: Path, state_dict: Mapping[str, torch.Tensor] | None) -> None:
     """The active adapter in PEFT's own format, if the model has one."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         return
@@ -153,7 +171,7 @@ def _save_adapter(model: Any, folder: Path) -> None:
     name = model.active_adapters()[0]
     folder.mkdir()
     config = model.peft_config[name]
-    state = get_peft_model_state_dict(model, adapter_name=name)
+    state = get_peft_model_state_dict(model, state_dict, adapter_name=name)
     state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     training, config.inference_mode = config.inference_mode, True

@@ -97,6 +97,8 @@ def drop_cache_if_replanned(
         ValueError: new plans need the whole conversation, but only its new tokens are given.
     """
     if cache.get_seq_length() == 0:
+        if replan or budget is not None or skip_plan is not None:
+            cache.reset()  # what SkipCache.set_plans has asked for
         return
     assert cache.keep_mask is not None
     if skip_plan is not None and not replan and budget is None:

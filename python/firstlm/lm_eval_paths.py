@@ -14,7 +14,7 @@ import torch
 
 from firstlm.data import pad_prompts
 from firstlm.engine import Engine
-from firstlm.routed_model import position_ids_of
+from firstlm.prompt import position_ids_of
 from firstlm.skip_plan import SkipPlan, check_protected, plans_to_mask
 
 Pair = tuple[list[int], list[int]]  # tokens of a context, and of what may follow it

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from firstlm import attention_interface, checkpoint, embedded_model
+from firstlm.base_weights import sample_weights
 from firstlm.routed_model import find_decoder_layers, routed_model_class
 from firstlm.router import RouterConfig, differences
 from firstlm.skip_cache import sliding_windows
@@ -48,7 +49,8 @@ def from_pretrained(
             checkpoint on a hub included; with a checkpoint's folder, that of the base it names.
 
     Returns:
-        The model, of a subclass of its own class, in eval mode.
+        The model, of a subclass of its own class, in eval mode. Its base is frozen (a checkpoint
+        never holds it); routers are not.
 
     Raises:
         ValueError: a model without decoder layers that can be skipped (encoder-decoder,
@@ -75,6 +77,7 @@ def from_pretrained(
         routers = checkpoint.find_checkpoint(router, **hub) or Path(router)
     config = checkpoint.read_router_config(routers) if routers else router or RouterConfig()
     source, options = _resolve(base, kwargs)
+    options |= {name: kwargs.pop(name) for name in checkpoint.HUB_OPTIONS if name in kwargs}
     sha256 = checkpoint.base_config_sha256(source, **options)
     if routers is not None and config.base_config_sha256 not in (None, sha256):
         raise ValueError(
@@ -82,6 +85,8 @@ def from_pretrained(
             f"config differs from that of {str(base)!r}"
         )
     model = _load_base(source, options, dtype, device_map, kwargs)
+    model.requires_grad_(False)  # routers learn, and adapters; the base is never saved
+    model.loaded_base = sample_weights(model)
     revision = getattr(model.config, "_commit_hash", None)
     model.attach_routers(
         dataclasses.replace(
@@ -96,7 +101,8 @@ def from_pretrained(
         model.trained_prefill = config.prefill
     check_layers_are_told(model)
     if adapter:
-        _attach_adapter(model, str(adapter), merge_adapter)
+        hub.pop("revision", None)  # was the base's
+        _attach_adapter(model, str(adapter), merge_adapter, hub)
     return model.eval()
 
 
@@ -225,6 +231,10 @@ def check_routable(model: PreTrainedModel) -> None:
             f"{name}: {type(layers[0]).__name__}.forward takes no **kwargs, through which firstlm "
             "tells a layer its plan; a newer transformers may"
         )
+    if hasattr(layers[0], "router"):
+        raise ValueError(
+            f"{name}: the layers have a router of their own (of experts), whose name firstlm's take"
+        )
     attention = model.config._attn_implementation or ""
     if "flex" in attention or attention.startswith("paged"):
         raise ValueError(
@@ -270,11 +280,11 @@ def check_layers_are_told(model: PreTrainedModel) -> None:
         handle.remove()
 
 
-def _attach_adapter(model: PreTrainedModel, adapter: str, merge: bool) -> None:
+def _attach_adapter(model: PreTrainedModel, adapter: str, merge: bool, hub: dict[str, Any]) -> None:
     if merge:
         from peft import PeftModel
 
-        PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        PeftModel.from_pretrained(model, adapter, **hub).merge_and_unload()
         model.merged_adapter = adapter
     else:
-        model.load_adapter(adapter)
+        model.load_adapter(adapter, adapter_kwargs=hub)

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from firstlm.base_weights import Sample, changed_weights
 from firstlm.cache_argument import find_cache, set_cache
 from firstlm.checkpoint import save_checkpoint
 from firstlm.generation import check_supported, drop_cache_if_replanned, named_arguments
 from firstlm.layer_calls import LayerCalls, counting_layer_calls
+from firstlm.prompt import (
+    check_labels_leave_a_prompt,
+    check_one_document_a_row,
+    default_prompt_mask,
+    position_ids_of,
+)
 from firstlm.router import Router, RouterConfig, warn_of_other_prefill
 from firstlm.routing import RoutedLayer, Routing, is_unobserved, routed_layer_class
 from firstlm.skip_cache import SkipCache
@@ -45,11 +53,13 @@ class RoutedModel:
         decoder_layers: the base's `ModuleList`; each layer has a `router`.
         merged_adapter: the adapter that `from_pretrained` merged into the base's weights, if any.
         trained_prefill: `prefill` of the checkpoint that the routers came from, if any.
+        loaded_base: some values of the base's weights as `from_pretrained` has loaded them.
     """
 
     router_config: RouterConfig
     merged_adapter: str | None = None
     trained_prefill: str | None = None
+    loaded_base: Mapping[str, Sample] = types.MappingProxyType({})
 
     # -- construction -----------------------------------------------------------------------------
     def attach_routers(self, config: RouterConfig) -> None:
@@ -62,6 +72,8 @@ class RoutedModel:
             layer.router = Router(self.router_config, hidden_size, layer_idx, device)
             if not isinstance(layer, RoutedLayer):
                 layer.__class__ = routed_layer_class(type(layer))
+                if hasattr(layer, "_old_forward"):  # what accelerate's hooks call, of the old class
+                    layer._old_forward = types.MethodType(type(layer).forward, layer)
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -128,16 +140,27 @@ class RoutedModel:
             raise ValueError("forward needs input_ids [B, T] or inputs_embeds [B, T, D]")
         batch_size, num_layers = tokens.shape[0], len(self.decoder_layers)
         cache = find_cache({"cache": cache, "past_key_values": past_key_values})
-        cache = self._cache_for(cache, use_cache, labels)
+        if use_cache is None:
+            use_cache = self._wants_cache(labels, inputs_embeds, gate)
+        cache = self._cache_for(cache, use_cache)
         follows_cache = cache is not None and cache.get_seq_length() > 0
+        if cache is not None and cache.keep_mask is not None:
+            cache.check_batch(batch_size)
+            if skip_plan is None and not follows_cache:
+                skip_plan = cache.keep_mask  # of SkipCache.set_plans
         plan = None if skip_plan is None else plans_to_mask(skip_plan, batch_size, num_layers)
         if plan is not None and follows_cache and not torch.equal(plan, cache.keep_mask):
             raise ValueError(
                 "skip_plan differs from the plans of the cache; use generate(replan=True) or an "
                 "empty cache"
             )
+        judges = plan is None and not follows_cache and not torch.compiler.is_compiling()
         if prompt_mask is None and not follows_cache:
             prompt_mask = default_prompt_mask(tokens, attention_mask, labels)
+            if judges and labels is not None:
+                check_labels_leave_a_prompt(prompt_mask, attention_mask)
+        if judges and kwargs.get("position_ids") is not None:
+            check_one_document_a_row(kwargs["position_ids"], attention_mask)
         config = self.router_config
         if gate is None:
             warn_of_other_prefill(self.trained_prefill, config.prefill, stacklevel=3)
@@ -179,9 +202,24 @@ class RoutedModel:
             output_hidden_states = self.config.output_hidden_states
         return not output_hidden_states and is_unobserved(self.decoder_layers)
 
-    def _cache_for(
-        self, cache: SkipCache | None, use_cache: bool | None, labels: torch.Tensor | None
-    ) -> SkipCache | None:
+    def _wants_cache(
+        self, labels: torch.Tensor | None, inputs_embeds: torch.Tensor | None, gate: str | None
+    ) -> bool:
+        """Whether a pass that was not told to keeps its keys and values.
+
+        A cache has no autograd history, so none is kept where something could learn from it.
+        """
+        if labels is not None or not getattr(self.config, "use_cache", True):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        if self.training or gate is not None or torch.compiler.is_compiling():
+            return False
+        routers = {id(p) for p in self.router_parameters()}
+        learns = any(p.requires_grad for p in self.parameters() if id(p) not in routers)
+        return not learns and (inputs_embeds is None or not inputs_embeds.requires_grad)
+
+    def _cache_for(self, cache: SkipCache | None, use_cache: bool) -> SkipCache | None:
         if cache is not None:
             if not isinstance(cache, SkipCache):
                 raise TypeError(
@@ -189,9 +227,6 @@ class RoutedModel:
                     "firstlm.SkipCache(model.config) or no cache"
                 )
             return cache
-        if use_cache is None:
-            wanted = getattr(self.config, "use_cache", True)
-            use_cache = wanted and labels is None and not torch.is_grad_enabled()
         return SkipCache(self.config) if use_cache else None
 
     # -- plan -------------------------------------------------------------------------------------
@@ -370,23 +405,40 @@ class RoutedModel:
 
     # -- checkpoints ------------------------------------------------------------------------------
     def save_pretrained(
-        self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Save routers and, if one is attached, the PEFT adapter; never the base.
 
         Args:
             save_directory: gets `router_config.json`, `router.safetensors` and `adapter/`.
+            is_main_process: false in the processes that are not to write.
+            state_dict: the model's, where its own parameters are not whole (as of
+                `accelerator.get_state_dict(model)`).
             push_to_hub: also upload, as transformers' `push_to_hub` does (`repo_id=`, `token=`, …).
 
         Raises:
-            ValueError: `from_pretrained` has merged an adapter into the base.
+            ValueError: the base's weights are not those that were loaded, as when an adapter was
+                merged into them: the checkpoint would lose what they have learnt.
         """
         if self.merged_adapter is not None:
             raise ValueError(
                 f"the adapter {self.merged_adapter} is merged into the base's weights, which are "
                 "never saved: load without merge_adapter to save a checkpoint"
             )
-        save_checkpoint(self, save_directory)
+        if changed := changed_weights(self, self.loaded_base):
+            raise ValueError(
+                f"{len(changed)} parameters of the base are not as they were loaded "
+                f"({changed[0]}, …), and a checkpoint holds routers and adapter only: save before "
+                "merging an adapter or changing the base"
+            )
+        if not is_main_process:
+            return
+        save_checkpoint(self, save_directory, state_dict)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", str(save_directory).rstrip("/").split("/")[-1])
             self.push_to_hub(repo_id, **kwargs)
@@ -404,40 +456,6 @@ def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in names:
             return module
     raise ValueError(f"{type(model).__name__}: no list of decoder layers named {sorted(names)}")
-
-
-def default_prompt_mask(
-    tokens: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
-) -> torch.Tensor:
-    """What counts as prompt, bool `[B, T]`: unmasked tokens, before the first label if any.
-
-    Args:
-        tokens: `[B, T]` ids or `[B, T, D]` embeddings.
-        attention_mask: `[B, T]` or None.
-        labels: `[B, T]`, -100 on the prompt, or None.
-
-    Raises:
-        ValueError: an attention mask that is not `[B, T]`.
-    """
-    shape = tokens.shape[:2]
-    if attention_mask is None:
-        mask = torch.ones(shape, dtype=torch.bool, device=tokens.device)
-    elif attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask must be {list(shape)} for the routers to know the prompt, got "
-            f"{list(attention_mask.shape)}; pass prompt_mask with other masks"
-        )
-    else:
-        mask = attention_mask.to(torch.bool)
-    if labels is None:
-        return mask
-    answered = (labels != -100).cumsum(1) > 0  # [B, T]
-    return mask & ~answered.to(mask.device)
-
-
-def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions of the unmasked tokens, `[B, T]`, as transformers' generate counts them."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _execution_device(layer: nn.Module) -> torch.device:

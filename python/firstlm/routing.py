@@ -87,6 +87,10 @@ class Routing:
             and bool(prompt_mask.all())
         )
         self.unobserved = unobserved
+        # Reentrant checkpointing turns autograd off within layers, so that no gate would be learnt.
+        self.gates_learn = (
+            gate in ("soft", "straight_through") and plan is None and torch.is_grad_enabled()
+        )
         self.called: set[int] = set()
         self.keep_prob: dict[int, torch.Tensor] = {}  # layer -> [B]
         self.keep: dict[int, torch.Tensor] = {}  # layer -> bool [B]
@@ -108,6 +112,11 @@ class Routing:
             assert self.cache is not None
             rows = self.cache.kept_rows(layer_idx, hidden_states.device)
             return self._run_rows(layer, rows, hidden_states, args, kwargs)
+        if self.gates_learn and not torch.is_grad_enabled():
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True hides the layers' gates from the "
+                'skip penalty: enable it with {"use_reentrant": False}'
+            )
         keep_prob = torch.sigmoid(router(hidden_states, self.prompt_mask))  # [B]
         if self.rows_per_prompt > 1:
             keep_prob = keep_prob[:: self.rows_per_prompt].repeat_interleave(self.rows_per_prompt)

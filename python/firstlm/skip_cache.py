@@ -258,6 +258,14 @@ class SkipCache(Cache):
         """B, -1 before the first pass."""
         return self._storage.batch_size
 
+    def check_batch(self, batch_size: int) -> None:
+        """Raises ValueError if the plans are those of another number of sequences."""
+        if self.batch_size != batch_size:
+            raise ValueError(
+                f"the cache has {self.batch_size} sequences, the batch {batch_size}: repeat the "
+                "cache's with batch_repeat_interleave, or select some with batch_select_indices"
+            )
+
     # -- tokens -----------------------------------------------------------------------------------
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length in tokens: one number, whatever the layers hold."""

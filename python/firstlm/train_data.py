@@ -95,7 +95,10 @@ def hashes_of(settings: DataConfig, given: Mapping[str, Any]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in ("train", "validation", "test"):
-        parts = list(_bytes_of(given.get(name, getattr(settings, name)), name))
+        source = given.get(name, getattr(settings, name))
+        if source is None:  # a split of the training data
+            source = given.get("train", settings.train)
+        parts = list(_bytes_of(source, name))
         if parts:
             found[name] = hashlib.sha256(b"".join(parts)).hexdigest()
     return found

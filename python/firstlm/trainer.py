@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from firstlm.losses import (
 )
 from firstlm.master_weights import MasterWeights
 from firstlm.phases import Phase
+from firstlm.scoring import Collator, score
 from firstlm.step_stats import StepStats
 from firstlm.trainable import adapter_off, choose_trainable
 
@@ -61,7 +62,8 @@ class Trainer(transformers.Trainer):
             data_collator, callbacks...
 
     Raises:
-        ValueError: max_steps is not set, or the phase trains an adapter and there is none.
+        ValueError: max_steps is not set, the phase trains an adapter and there is none, or an
+            option that cannot work here.
     """
 
     def __init__(
@@ -78,6 +80,15 @@ class Trainer(transformers.Trainer):
     ) -> None:
         if args.max_steps <= 0:
             raise ValueError("set max_steps: firstlm.Trainer counts in optimizer steps")
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end is not supported: evaluate the checkpoints of output_dir"
+            )
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics is not supported: evaluate() measures loss and skip rate, "
+                "firstlm.evaluate the answers"
+            )
         self.phase = phase
         self.sequence_average = sequence_average
         self.group_by_length = group_by_length
@@ -233,6 +244,53 @@ class Trainer(transformers.Trainer):
         ids = getattr(self.train_dataset, "ids", None)
         return [str(ids[i]) if ids is not None else f"#{i}" for i in indices]
 
+    # ---- held-out rows ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """What the model does with held-out rows, see `held_out_figures`.
+
+        Nothing is learnt, and no controller sees these rows. Every process runs all of them.
+
+        Args:
+            eval_dataset: rows as of train_dataset, or several named sets; None: the trainer's.
+            ignore_keys: unused; transformers' Trainer passes it.
+            metric_key_prefix: of the names of what is returned.
+
+        Returns:
+            `eval_cross_entropy` (also as `eval_loss`), `eval_skip_rate` and `eval_plans`.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("evaluate needs eval_dataset")
+        if isinstance(rows, dict):
+            found: dict[str, float] = {}
+            for name, some in rows.items():
+                found |= self.evaluate(some, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        batch_size = self.args.per_device_eval_batch_size
+        measured = held_out_figures(self.model, self.phase, rows, self.data_collator, batch_size)
+        measured["loss"] = measured["cross_entropy"]  # the name that transformers looks for
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: the loss of a training step is none of a held-out batch."""
+        raise ValueError(
+            "firstlm.Trainer has no predict: use evaluate(), or the model's forward and generate"
+        )
+
     # ---- around the optimizer ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -359,6 +417,29 @@ class Trainer(transformers.Trainer):
         self.model.set_thresholds(state["thresholds"])
         self.phase.load_state_dict(state["controllers"])
         self.stats.load_state_dict(state["stats"])
+
+
+def held_out_figures(
+    model: Any,
+    phase: Phase,
+    rows: Sequence[Mapping[str, Any]],
+    collator: Collator,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """How a model does on rows that it does not learn from, under its routers' decisions.
+
+    A phase under drawn plans, which teaches no router, is judged with every layer kept.
+
+    Returns:
+        `cross_entropy` (nats a token of the answers), `skip_rate`, `plans` (how many differ).
+    """
+    whole = None if phase.plans is None else torch.ones(len(model.decoder_layers)).bool()
+    scores = score(model, rows, collator, batch_size=batch_size, keep_mask=whole)
+    return {
+        "cross_entropy": scores.cross_entropy,
+        "skip_rate": scores.skip_rate,
+        "plans": scores.distinct_plans,
+    }
 
 
 class _StepHooks(TrainerCallback):

@@ -36,12 +36,11 @@ from firstlm.phase_start import Job, PhaseStarts, make_jobs
 from firstlm.phases import Phase
 from firstlm.router import RouterConfig, differences
 from firstlm.run_folder import RunFolder
-from firstlm.scoring import score
 from firstlm.tokenizer import load_tokenizer
 from firstlm.train_config import PhaseConfig, RouterSettings, TrainConfig
 from firstlm.train_data import TrainData, hashes_of, load_train_data
 from firstlm.train_progress import ProgressAndLog
-from firstlm.trainer import Trainer
+from firstlm.trainer import Trainer, held_out_figures
 
 # Its name in the transformers that is installed.
 CHECKPOINTING = (
@@ -311,15 +310,9 @@ class _Run:
         return str(self.folder.phase(job.name))
 
     def _evaluate(self, phase: Phase) -> dict[str, float]:
-        """Validation figures; a phase under drawn plans is judged with every layer kept."""
-        rows = self.data.validation
-        whole = None if phase.plans is None else torch.ones(len(self.model.decoder_layers)).bool()
-        scores = score(self.model, rows, self.data.collator, keep_mask=whole)
-        return {
-            "eval_cross_entropy": scores.cross_entropy,
-            "eval_skip_rate": scores.skip_rate,
-            "eval_plans": scores.distinct_plans,
-        }
+        data = self.data
+        measured = held_out_figures(self.model, phase, data.validation, data.collator)
+        return {f"eval_{name}": value for name, value in measured.items()}
 
     def _raise_interrupted(self, job: Job, step: int) -> None:
         assert self.guard.signal_number is not None
