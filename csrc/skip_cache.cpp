@@ -32,9 +32,13 @@ int64_t LayerBooks::visible_start(int64_t length) const {
 Reservation LayerBooks::reserve(int64_t num_new) const {
   constexpr int64_t kMinCapacity = 16;
   const int64_t live = visible();
-  if (next_slot() + num_new <= capacity_) return {false, visible_slot(), live, capacity_};
   // Half as much again, so that a token is moved twice on average however many follow.
-  return {true, visible_slot(), live, std::max(kMinCapacity, (live + num_new) * 3 / 2)};
+  const int64_t roomy = std::max(kMinCapacity, (live + num_new) * 3 / 2);
+  const bool fits = next_slot() + num_new <= capacity_;
+  // What a long prompt took goes back when the window has left most of it behind.
+  const bool oversized = window_ && capacity_ > 2 * roomy;
+  if (fits && !oversized) return {false, visible_slot(), live, capacity_};
+  return {true, visible_slot(), live, roomy};
 }
 
 void LayerBooks::move(const Reservation& reservation) {

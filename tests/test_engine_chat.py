@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from firstlm import SkipPlan
+from firstlm.engine.prefix import KeptSequence, PrefixStore
 from tiny_engines import NEW, ROWS, engine_of
 from tiny_models import NUM_LAYERS, VOCAB_SIZE, base_model, prompts
 from tiny_tokenizer import tiny_tokenizer
@@ -31,6 +32,24 @@ def test_the_same_kind_comes_out_as_went_in(llama_engine):
     )
     assert "".join(llama_engine.stream("a b c", **options)) == text
     assert list(llama_engine.stream(ids, **options)) == tokens
+
+
+def test_a_stream_that_is_collected_while_a_prefix_is_looked_for_blocks_nothing():
+    store, keep = PrefixStore(2), torch.ones(3, dtype=torch.bool)
+
+    class Token(int):
+        def __ne__(self, other):  # as a collection of garbage may, at any allocation
+            store.put(KeptSequence([8], keep, None))
+            return int.__ne__(self, other)
+
+    class Held:
+        def crop(self, length):
+            pass
+
+    store.put(KeptSequence([Token(3), Token(4)], keep, Held()))
+    assert store.take([3, 4, 5], keep) is None  # what the others have pushed out in the meantime
+    store.put(KeptSequence([3, 4], keep, Held()))
+    assert store.take([3, 4, 5], keep).tokens == [3, 4]
 
 
 def test_a_later_turn_keeps_the_plan_and_reads_only_what_is_new(llama, llama_engine):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 import firstlm
 from firstlm import Engine, RouterConfig, SkipPlan
 from firstlm.engine import saved
+from firstlm.engine.text import TOKENIZER_NAME
 from tiny_engines import NEW, ROWS, adapted, engine_of, hf_tokens, load_counted
 from tiny_models import NUM_LAYERS
 
@@ -76,13 +77,20 @@ def replace_header(folder):
     (folder / saved.WEIGHTS_NAME).write_bytes(len(content).to_bytes(8, "little") + content)
 
 
+def damage_tokenizer(folder):
+    (folder / TOKENIZER_NAME).write_text("{")
+
+
 def lose_weights(folder):
     (folder / saved.WEIGHTS_NAME).unlink()
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_weights, cut_weights, replace_header, damage_config, lose_weights]
-)
+    "damage",
+    [
+        damage_weights, cut_weights, replace_header, damage_config, damage_tokenizer, lose_weights,
+    ],
+)  # fmt: skip
 def test_a_damaged_cache_entry_is_made_again(llama, llama_checkpoint, monkeypatch, damage, caplog):
     expected = hf_tokens(llama, ROWS)
     assert load_counted(llama_checkpoint, monkeypatch)[1] == 1

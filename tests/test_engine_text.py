@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from firstlm.engine.answers import Answer
 from firstlm.engine.chat_template import render
 from firstlm.engine.prompts import Prompts
-from firstlm.engine.settings import settings_of
+from firstlm.engine.settings import generation_defaults, settings_of
 from firstlm.engine.text import EngineTokenizer, StopStrings, TextStream
 from tiny_tokenizer import tiny_tokenizer
 
@@ -164,6 +165,20 @@ def test_what_a_model_samples_by_default_is_followed_if_it_samples():
     assert (greedy["temperature"], greedy["repetition_penalty"]) == (0.0, 1.1)
     sampled = settings_of(defaults | {"do_sample": True}, None, 1, 16, top_k=0, **options).sampling
     assert (sampled["temperature"], sampled["top_k"], sampled["top_p"]) == (0.7, 0, 1.0)
+    assert settings_of({}, None, 1, 16, temperature=1.0, **options).sampling["top_k"] == 50
+    assert settings_of({"top_k": 7}, None, 1, 16, temperature=1.0, **options).sampling["top_k"] == 7
+    assert settings_of({}, None, 1, 16, **options).sampling["top_k"] == 0  # greedy
+
+
+def test_what_of_a_generation_config_the_engine_does_not_know_is_warned_of():
+    known = GenerationConfig(do_sample=True, temperature=0.5, eos_token_id=[3], num_beams=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generation_defaults(known) == {
+            "do_sample": True, "temperature": 0.5, "eos_token_id": [3],
+        }  # fmt: skip
+    with pytest.warns(UserWarning, match=r"no_repeat_ngram_size=3, suppress_tokens=\[5\]"):
+        generation_defaults(GenerationConfig(no_repeat_ngram_size=3, suppress_tokens=[5]))
 
 
 def test_prompts_are_told_apart():

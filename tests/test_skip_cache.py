@@ -313,6 +313,9 @@ def test_capacity_grows_geometrically_and_a_window_bounds_it():
     assert len(sizes[id(full)]) < 12, "storage was copied more often than geometric growth needs"
     token = 2 * HEADS * HEAD_DIM * 4 * NUM_LAYERS
     assert sliding.memory()["allocated"] <= 4 * 8 * token
+    append(sliding, 500, torch.Generator())  # as a long prompt
+    append(sliding, 1, torch.Generator())
+    assert sliding.memory()["allocated"] <= 4 * 8 * token
     assert full.memory()["allocated"] <= 2 * 301 * token
 
 

@@ -322,8 +322,9 @@ Decoding::Decoding(std::shared_ptr<NativeDecoder> decoder, std::vector<SequenceP
                     "settings, seen and max_new_tokens need one entry for each of ", B,
                     " sequences");
   check_shape("logits", logits_, {static_cast<int64_t>(B), V}, "[B, V]");
-  TORCH_CHECK_VALUE(logits_.scalar_type() == at::kFloat && logits_.is_contiguous(),
-                    "logits must be contiguous float32");
+  TORCH_CHECK_VALUE(
+      logits_.scalar_type() == at::kFloat && logits_.is_contiguous() && logits_.device().is_cpu(),
+      "logits must be contiguous float32 on the CPU");
   for (size_t b = 0; b < B; ++b) {
     decoder_->check_own(*sequences[b], b);
     TORCH_CHECK_VALUE(sequences[b]->has_plan(), "sequence ", b,

@@ -98,10 +98,18 @@ std::optional<Tensor> keep_mask(const Sequence& sequence) {
 }
 
 // Lets Python's signal handlers run now and then in a long call that has released the GIL. What
-// they raise, KeyboardInterrupt as a rule, is thrown.
+// they raise, KeyboardInterrupt as a rule, is thrown. Python runs them in its main thread only:
+// elsewhere the GIL is not asked for, which others may hold, and which ends a thread that asks for
+// it while the interpreter shuts down. Made with the GIL held.
 class SignalCheck {
  public:
+  SignalCheck() {
+    const py::object main = py::module_::import("threading").attr("main_thread")();
+    in_main_thread_ = main.attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+  }
+
   void operator()() {
+    if (!in_main_thread_) return;
     const auto now = std::chrono::steady_clock::now();
     if (now - last_ < kInterval) return;
     last_ = now;
@@ -111,6 +119,7 @@ class SignalCheck {
 
  private:
   static constexpr std::chrono::milliseconds kInterval{50};
+  bool in_main_thread_;
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
@@ -120,9 +129,11 @@ std::pair<Tensor, std::optional<Tensor>> extend(NativeDecoder& decoder,
                                                 std::optional<Tensor> keep,
                                                 std::optional<std::vector<float>> thresholds,
                                                 std::vector<int64_t> num_logits) {
+  const SignalCheck interrupt;
+  const py::gil_scoped_release release;
   ExtendResult result = decoder.extend({std::move(sequences), std::move(tokens), std::move(keep),
                                         std::move(thresholds), std::move(num_logits)},
-                                       SignalCheck());
+                                       interrupt);
   return {std::move(result.logits), std::move(result.keep_prob)};
 }
 
@@ -139,8 +150,10 @@ std::shared_ptr<Decoding> decoding(std::shared_ptr<NativeDecoder> decoder,
 
 Tensor probabilities(const Tensor& logits, const py::dict& settings,
                      const std::vector<int64_t>& seen) {
-  TORCH_CHECK_VALUE(logits.dim() == 1 && logits.scalar_type() == at::kFloat, "logits are ",
-                    logits.scalar_type(), " ", logits.sizes(), "; expected float32 [V]");
+  TORCH_CHECK_VALUE(
+      logits.dim() == 1 && logits.scalar_type() == at::kFloat && logits.device().is_cpu(),
+      "logits are ", logits.scalar_type(), " ", logits.sizes(), " on ", logits.device(),
+      "; expected float32 [V] on the CPU");
   Sampler sampler(sampling_settings(settings), logits.size(0));
   for (const int64_t token : seen) {
     TORCH_CHECK_VALUE(token >= 0 && token < logits.size(0), "token ", token,
@@ -219,8 +232,8 @@ void add_engine(py::module_& m) {
           py::arg("tensors"))
       .def_property_readonly("num_threads", &NativeDecoder::num_threads)
       .def("sequence", &NativeDecoder::sequence)
-      .def("extend", extend, ReleaseGil(), py::arg("sequences"), py::arg("tokens"),
-           py::arg("keep") = py::none(), py::arg("thresholds") = py::none(), py::arg("num_logits"))
+      .def("extend", extend, py::arg("sequences"), py::arg("tokens"), py::arg("keep") = py::none(),
+           py::arg("thresholds") = py::none(), py::arg("num_logits"))
       .def("decoding", decoding, py::arg("sequences"), py::arg("logits"), py::arg("settings"),
            py::arg("seen"), py::arg("eos"), py::arg("max_new_tokens"))
       .def("counters", counters);

@@ -92,11 +92,14 @@ TEST_CASE("a storage that a long prompt made too large is replaced by a smaller 
   books.move(books.reserve(1000));
   books.append(1000);
   CHECK(books.capacity() == 1500);
-  for (int token = 0; token < 600; ++token) {
-    books.move(books.reserve(1));
-    books.append(1);
-  }
+  books.move(books.reserve(1));
+  books.append(1);
   CHECK(books.capacity() == 16);
+  CHECK(books.visible() == 7);
+  LayerBooks unbounded;
+  unbounded.move(unbounded.reserve(1000));
+  unbounded.append(1000);
+  CHECK_FALSE(unbounded.reserve(1).moves);
 }
 
 TEST_CASE("restored books hold exactly what is visible") {

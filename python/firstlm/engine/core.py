@@ -64,6 +64,7 @@ class DecoderCore:
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             if self._prefill != prefill:
                 assert self.routers is not None
+                self._prefill = None  # unknown, should an interrupt come between the two
                 self.routers.set_on(self.decoder, prefill)
                 self._prefill = prefill
             wanted = [num_logits] * len(prompts)

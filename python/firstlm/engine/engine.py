@@ -39,8 +39,8 @@ from firstlm.skip_plan import RoutingOutput, SkipPlan, mask_to_plans
 class Engine:
     """A model whose decode runs in C++, from packed weights: `Engine.from_pretrained(...)`.
 
-    Calls may come from several threads: they take turns, step by step. Engines share nothing but
-    the process's threads.
+    Calls may come from several threads: they take turns. Engines share nothing but the process's
+    threads.
 
     Example:
         >>> engine = firstlm.Engine.from_pretrained("embedded", precision="int8")

@@ -65,21 +65,20 @@ class PrefixStore:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._kept: OrderedDict[int, KeptSequence] = OrderedDict()
-        self._lock = threading.Lock()
+        # While it is held, a collection of garbage may close a stream, which puts its sequence.
+        self._lock = threading.RLock()
 
     def take(self, prompt: list[int], keep: torch.Tensor) -> KeptSequence | None:
         """Removes and returns the sequence that shares most with a prompt under plan `keep` [L]."""
         best, longest = None, 0
         with self._lock:
-            for key, kept in self._kept.items():
+            for key, kept in list(self._kept.items()):
                 if torch.equal(kept.keep, keep):
                     common = common_prefix(kept.tokens, prompt[:-1])
                     if common > longest:
                         best, longest = key, common
-            if best is None:
-                return None
-            kept = self._kept.pop(best)
-        return kept if kept.cut_to(prompt) else None
+            taken = None if best is None else self._kept.pop(best, None)
+        return taken if taken is not None and taken.cut_to(prompt) else None
 
     def put(self, kept: KeptSequence) -> None:
         """Keeps a sequence, if need be in the place of the one that was used longest ago."""

@@ -106,7 +106,11 @@ def load(folder: Path) -> SavedEngine:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file() or fingerprint(weights) != config.weights_fingerprint:
         raise ValueError(f"{weights} is damaged: it is not the file that was written")
-    return SavedEngine(config, TensorBlock.load(weights), EngineTokenizer.load(folder))
+    try:
+        tokenizer = EngineTokenizer.load(folder)
+    except Exception as error:  # the tokenizers package raises nothing more exact
+        raise ValueError(f"{folder}: its tokenizer is damaged: {error}") from error
+    return SavedEngine(config, TensorBlock.load(weights), tokenizer)
 
 
 def cache_folder(precision: str, head_precision: str, apart: bool, key: str) -> Path:

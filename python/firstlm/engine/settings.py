@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,14 @@ from firstlm.engine.text import EngineTokenizer
 # What of a model's generation_config.json is a default of the engine as well.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_SAMPLED_TOP_K = 50  # of transformers' generate, where neither call nor model names one
+# What a generation config may ask for that the engine does not know.
+_UNKNOWN = (
+    "bad_words_ids", "begin_suppress_tokens", "encoder_repetition_penalty", "epsilon_cutoff",
+    "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "guidance_scale", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+    "sequence_bias", "suppress_tokens", "top_h", "typical_p",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,14 @@ def generation_defaults(generation_config: Any) -> dict[str, Any]:
     ends = generation_config.eos_token_id
     if ends is not None:
         defaults["eos_token_id"] = [ends] if isinstance(ends, int) else list(ends)
+    neutral = (None, 0, 1, [])
+    ignored = [f"{name}={said[name]!r}" for name in _UNKNOWN if said.get(name) not in neutral]
+    if ignored:
+        warnings.warn(
+            f"the engine does not know what the model's generation config asks for: "
+            f"{', '.join(ignored)}; model.generate follows it",
+            stacklevel=2,
+        )
     names = ("do_sample", *SAMPLING)
     return defaults | {name: said[name] for name in names if said.get(name) is not None}
 
@@ -97,6 +114,8 @@ def _sampling(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         name: own.get(name, _OFF[name]) if given.get(name) is None else given[name]
         for name in SAMPLING
     }
+    if given.get("top_k") is None and "top_k" not in own and values["temperature"]:
+        values["top_k"] = _SAMPLED_TOP_K
     return {
         name: _count(name, value) if isinstance(_OFF[name], int) else number(name, value)
         for name, value in values.items()

@@ -24,8 +24,8 @@ class EngineStats:
         decode_ms, steps: from there to the last token.
         weight_bytes, cache_bytes: of weights and of keys and values, read in these steps.
         layer_runs: [L], in how many of these steps each layer was run; empty before the first.
-        kv_bytes, kv_bytes_full: held by keys and values at the end, and what they would be if no
-            layer were skipped.
+        kv_bytes, kv_bytes_full: of the keys and values that the next token would see, at the end
+            (storage has up to half as much again), and what they would be if no layer were skipped.
         router_ms: of the prefill, spent on routers.
         read_gb_per_s: what the memory can give, if `Engine.measure_bandwidth` has measured it.
     """
