@@ -38,7 +38,8 @@ def emulated_backward(op, *args):
 
 
 def on_gpu(op, *args):
-    moved = [to_gpu(a) if isinstance(a, Tensor) else a for a in args]
+    storages: dict[int, torch.UntypedStorage] = {}  # what shares memory here does so there
+    moved = [to_gpu(a, storages) if isinstance(a, Tensor) else a for a in args]
     results = op(*moved)
     for arg, on_device, declared in zip(args, moved, op._schema.arguments, strict=True):
         if declared.alias_info is not None and declared.alias_info.is_write:
@@ -46,9 +47,10 @@ def on_gpu(op, *args):
     return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
 
 
-def to_gpu(tensor: Tensor) -> Tensor:
+def to_gpu(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """With the same strides, and whatever lies between the elements."""
-    storage = tensor.untyped_storage().cuda()
+    own = tensor.untyped_storage()
+    storage = storages.setdefault(own.data_ptr(), own.cuda())
     like = torch.empty(0, dtype=tensor.dtype, device="cuda")
     return like.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 

@@ -142,6 +142,12 @@ NEW_KEYS, NEW_VALUES, START = (
         ),
         ({"new_keys": KEYS[:, :, 1:2]}, ValueError, "new_keys overlaps keys; expected memory of"),
         ({"values": KEYS, "new_values": NEW_KEYS}, ValueError, "values overlaps keys"),
+        ({"new_keys": VALUES[:, :, 1:2, :4]}, ValueError, "new_keys overlaps values"),
+        (
+            {"new_values": KEYS.flatten()[:36].view(2, 3, 1, 6)},
+            ValueError,
+            "new_values overlaps keys",
+        ),
         ({"start": START.int()}, TypeError, "start is Int; expected int64"),
         (
             {"start": START.new_zeros(3)},

@@ -58,7 +58,7 @@ def test_opcheck(op, args):
 def test_cuda_graphs_capture_every_op():
     """None synchronises, or takes memory that is not the graph's."""
     for _, op, args in SAMPLES:
-        eager, captured = copies(args, to_gpu), copies(args, to_gpu)
+        eager, captured = (copies(args, lambda tensor: to_gpu(tensor, {})) for _ in range(2))
         expected, graph = op(*eager), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = op(*captured)

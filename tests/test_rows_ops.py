@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from firstlm import ops
-from op_cases import DTYPES, accumulator, drawn, every_device
+from op_cases import DTYPES, accumulator, drawn, every_device, other_devices
 
 PLAN = torch.ops.firstlm.plan_rows.default
 GATHER = torch.ops.firstlm.gather_rows.default
@@ -402,6 +402,28 @@ def test_overlapping_memory_is_refused():
         ops.scatter_rows_(hidden[:1].expand(4, 3), ROWS, VALUES)
     with pytest.raises(RuntimeError, match="refer to a single memory location"):
         ops.scatter_add_rows_(hidden, ROWS, hidden[1:3])
+    wide = torch.zeros(4, 6)[:, :3]  # a view with gaps
+    for op in (ops.scatter_rows_, ops.scatter_add_rows_):
+        with pytest.raises(RuntimeError, match="lie in the same memory"):
+            op(wide, ROWS, wide[1:3])
+        with pytest.raises(RuntimeError, match="the rows of hidden overlap each other"):
+            op(torch.zeros(6).as_strided((4, 3), (1, 1)), ROWS, VALUES)
+        op(wide, ROWS, VALUES)
+
+
+@other_devices
+@pytest.mark.parametrize("misfit", [-2, 4, 2**62])
+def test_other_devices_leave_out_rows_that_there_are_not(run, misfit):
+    rows, other = torch.tensor([2, misfit]), torch.tensor([2, -1])
+    expected, found = HIDDEN.clone(), HIDDEN.clone()
+    assert torch.equal(run(GATHER, HIDDEN, rows), run(GATHER, HIDDEN, other))
+    assert torch.equal(
+        run(SCATTER, HIDDEN, rows, VALUES, None), run(SCATTER, HIDDEN, other, VALUES, None)
+    )
+    for op, more in ((SCATTER_, (None,)), (SCATTER_ADD_, ())):
+        run(op, found, rows, VALUES, *more)
+        run(op, expected, other, VALUES, *more)
+        assert torch.equal(found, expected)
 
 
 def test_writing_in_place_is_for_inference():

@@ -47,6 +47,18 @@ inline void check_alike(const char* name, const at::Tensor& tensor, const char* 
                     "; expected ", other.device(), ", where ", other_name, " is");
 }
 
+// Whether two tensors of one element type lie in the same stretch of one storage. Their elements
+// may still take turns there, as those of two column ranges of a matrix do.
+inline bool extents_meet(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.is_alias_of(b) || a.numel() == 0 || b.numel() == 0) return false;
+  const auto last = [](const at::Tensor& tensor) {
+    int64_t offset = tensor.storage_offset();
+    for (int64_t i = 0; i < tensor.dim(); ++i) offset += (tensor.size(i) - 1) * tensor.stride(i);
+    return offset;
+  };
+  return last(a) >= b.storage_offset() && last(b) >= a.storage_offset();
+}
+
 // One index for each of R rows, or one for all: int64 [R] or [1], on the device of `other`.
 inline void check_per_row(const char* name, const at::Tensor& index, int64_t R,
                           const at::Tensor& other) {

@@ -2,10 +2,10 @@
 // compile beside a torch without CUDA.
 #pragma once
 
-#include <ATen/DeviceAccelerator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 // What follows registers kernels for CUDA tensors; or, where tests build the same sources for the
@@ -26,7 +26,7 @@ class OnDeviceOf {
   // The device's current stream, as launchers take it.
   void* stream() const {
     if (device_.is_cpu()) return nullptr;
-    return at::accelerator::getCurrentStream(device_.index()).native_handle();
+    return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
   }
 
   at::Tensor scratch(int64_t bytes) const {

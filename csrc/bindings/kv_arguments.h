@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
+
 #include "../kv.h"
 #include "checks.h"
 
@@ -25,12 +27,8 @@ inline void check_tokens(const char* name, const at::Tensor& tokens, const at::T
 // No element of `tokens` lies in contiguous `storage`, which is written.
 inline void check_apart(const char* name, const at::Tensor& tokens, const char* storage_name,
                         const at::Tensor& storage) {
-  if (!tokens.is_alias_of(storage) || tokens.numel() == 0 || storage.numel() == 0) return;
-  int64_t last = tokens.storage_offset();
-  for (int64_t i = 0; i < tokens.dim(); ++i) last += (tokens.size(i) - 1) * tokens.stride(i);
-  const int64_t begin = storage.storage_offset(), end = begin + storage.numel();
-  TORCH_CHECK_VALUE(last < begin || tokens.storage_offset() >= end, name, " overlaps ",
-                    storage_name, "; expected memory of its own");
+  TORCH_CHECK_VALUE(!extents_meet(tokens, storage), name, " overlaps ", storage_name,
+                    "; expected memory of its own");
 }
 
 // What every device checks; what `start` holds is not looked at.
@@ -51,8 +49,10 @@ inline void check_kv_append(const at::Tensor& keys, const at::Tensor& values,
                     " slots");
   check_per_row("start", start, R, keys);
   check_apart("values", values, "keys", keys);
-  check_apart("new_keys", new_keys, "keys", keys);
-  check_apart("new_values", new_values, "values", values);
+  for (const auto& [name, storage] : {std::pair{"keys", &keys}, {"values", &values}}) {
+    check_apart("new_keys", new_keys, name, *storage);
+    check_apart("new_values", new_values, name, *storage);
+  }
 }
 
 // `tokens` with dense elements, on their way to `storage`.

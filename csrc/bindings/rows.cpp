@@ -157,15 +157,19 @@ std::tuple<Tensor, Tensor> plan_rows_composite(const Tensor& keep_mask) {
   return {at::where(place < counts.unsqueeze(1), order, -1), counts};
 }
 
+// What rows name of a batch of B; others are left out, and never copied to the host to be looked
+// at.
+Tensor named(const Tensor& rows, int64_t B) { return (rows >= 0).logical_and_(rows < B); }
+
 Tensor gather_rows_composite(const Tensor& hidden, const Tensor& rows) {
   check_batch("hidden", hidden);
   check_rows(rows, hidden.device());
-  // Row B of zeros, for -1: what rows hold is never copied to the host.
+  // Row B of zeros, for those that there are not.
   at::DimVector sizes(hidden.sizes());
   const int64_t B = sizes[0];
   sizes[0] = 1;
   const Tensor padded = at::cat({hidden, at::zeros(sizes, hidden.options())});
-  return padded.index_select(0, at::where(rows == -1, B, rows));
+  return padded.index_select(0, at::where(named(rows, B), rows, B));
 }
 
 Tensor scatter_rows_composite(const Tensor& hidden, const Tensor& rows, const Tensor& values,
@@ -175,7 +179,7 @@ Tensor scatter_rows_composite(const Tensor& hidden, const Tensor& rows, const Te
   const int64_t B = sizes[0];
   sizes[0] = 1;
   Tensor padded = at::cat({hidden, at::zeros(sizes, hidden.options())});
-  const Tensor index = at::where(rows == -1, B, rows);
+  const Tensor index = at::where(named(rows, B), rows, B);
   if (!gate) return padded.index_copy_(0, index, values).narrow_copy(0, 0, B);
   const at::ScalarType dtype = gate->scalar_type();
   const Tensor weight = aligned_with(*gate, values), old = padded.index_select(0, index);
@@ -195,8 +199,9 @@ void scatter_add_rows_composite_(Tensor& hidden, const Tensor& rows, const Tenso
   check_scatter_add(hidden, rows, update);
   check_overlap(hidden, update);
   if (hidden.size(0) == 0) return;
-  const Tensor is_named = aligned_with(rows != -1, update);
-  hidden.index_add_(0, at::where(rows == -1, 0, rows), at::where(is_named, update, 0));
+  const Tensor is_named = named(rows, hidden.size(0));
+  hidden.index_add_(0, at::where(is_named, rows, 0),
+                    at::where(aligned_with(is_named, update), update, 0));
 }
 
 Tensor gather_rows_backward_composite(const Tensor& grad_gathered, const Tensor& rows,

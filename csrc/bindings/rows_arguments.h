@@ -64,12 +64,6 @@ inline void check_scatter_add(const at::Tensor& hidden, const at::Tensor& rows,
   parse_dtype("hidden", hidden.scalar_type());
 }
 
-// In place: no element of hidden is two rows', and none is read while it is written.
-inline void check_overlap(const at::Tensor& hidden, const at::Tensor& values) {
-  at::assert_no_internal_overlap(hidden);
-  at::assert_no_overlap(hidden, values);
-}
-
 // Whether the elements of every row of [B, ...] are contiguous, wherever the rows lie.
 inline bool has_contiguous_rows(const at::Tensor& tensor) {
   int64_t expected = 1;
@@ -78,6 +72,19 @@ inline bool has_contiguous_rows(const at::Tensor& tensor) {
     expected *= tensor.size(i);
   }
   return true;
+}
+
+// In place: no element of hidden is two rows', and none is read while it is written. What torch
+// cannot tell of views with gaps is refused where they lie in the same stretch of memory.
+inline void check_overlap(const at::Tensor& hidden, const at::Tensor& values) {
+  at::assert_no_internal_overlap(hidden);
+  at::assert_no_overlap(hidden, values);
+  TORCH_CHECK(hidden.size(0) < 2 || !has_contiguous_rows(hidden) ||
+                  hidden.stride(0) * hidden.size(0) >= hidden.numel(),
+              "the rows of hidden overlap each other; expected a row in memory of its own");
+  TORCH_CHECK(!extents_meet(hidden, values),
+              "hidden, which is written, and the values lie in the same memory; expected values in "
+              "memory of their own");
 }
 
 inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {

@@ -348,7 +348,7 @@ void attend(const DecodeAttention& attention, const Scratch& scratch, void* stre
   LaneGroups groups{1};
   while (groups.lanes < kWarpSize && groups.lanes * kPack < attention.D) groups.lanes *= 2;
   const int64_t blocks = attention.R * attention.H * ceil_div(attention.G(), kHeads);
-  launch(attend_kernel<T, kPack, kHeads>, dim3(blocks, splits_of(attention)), kThreads, stream,
+  launch(attend_kernel<T, kPack, kHeads>, grid(blocks, splits_of(attention)), kThreads, stream,
          heads_of<T>(attention), groups, split_results<InOut<A>, A>(attention, scratch));
 }
 
@@ -387,7 +387,7 @@ void decode_attention(const DecodeAttention& attention, void* scratch, void* out
     using T = decltype(element);
     using A = Accumulator<T>;
     attend_of<T>(attention)(attention, Scratch(scratch), stream);
-    launch(combine_kernel<T>, dim3(R * Hq, ceil_div(D, kWarpSize)), dim3(kWarpSize, kWarps), stream,
+    launch(combine_kernel<T>, grid(R * Hq, ceil_div(D, kWarpSize)), dim3(kWarpSize, kWarps), stream,
            split_results<Input<A>, A>(attention, Scratch(scratch)),
            Seen{{attention.begin, R}, {attention.end, R}, C}, Hq, D, Output<T>(output, R * Hq * D));
   });

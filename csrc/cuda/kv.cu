@@ -71,7 +71,7 @@ void append(const NewTokens& keys, const NewTokens& values, const int64_t* start
   int width = 1;  // threads that share a token
   while (width < D && width < kThreads) width *= 2;
   const int height = kThreads / width;
-  launch(append_kernel<Unit>, dim3(keys.R * keys.H * ceil_div(keys.T, height), 2),
+  launch(append_kernel<Unit>, grid(keys.R * keys.H * ceil_div(keys.T, height), 2),
          dim3(width, height), stream, key_units, value_units, Input<int64_t>(start, keys.R), keys.H,
          keys.C, keys.T);
 }

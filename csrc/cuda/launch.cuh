@@ -2,13 +2,14 @@
 // whole language extension from cuda_emulation.h, which only the tests have.
 #pragma once
 
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
 #ifdef __CUDACC__
 
 #include <cuda_runtime.h>
-
-#include <cstdint>
-#include <stdexcept>
-#include <string>
 
 namespace firstlm::cuda {
 
@@ -44,3 +45,20 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, 
 #else
 #include "cuda_emulation.h"
 #endif
+
+namespace firstlm::cuda {
+
+// x * y blocks. Throws std::runtime_error for more than CUDA starts at once, which it would cut to
+// 32 bits in silence.
+inline dim3 grid(int64_t x, int64_t y = 1) {
+  constexpr int64_t kMaxX = std::numeric_limits<int32_t>::max(), kMaxY = 65535;
+  if (x > kMaxX || y > kMaxY) {
+    throw std::runtime_error("tensors too large for one CUDA kernel: it would take " +
+                             std::to_string(x) + " x " + std::to_string(y) +
+                             " blocks; accepted are " + std::to_string(kMaxX) + " x " +
+                             std::to_string(kMaxY));
+  }
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+}
+
+}  // namespace firstlm::cuda

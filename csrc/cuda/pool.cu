@@ -280,10 +280,10 @@ void run_pool(const States& hidden, const Tokens& tokens, Pooling pooling, void*
   const Parts parts{pooling};
   const int64_t D = hidden.D, features = tokens.B * pooling.W();
   const int64_t places = parts.places(tokens.B, tokens.total());
-  launch(sum_parts_kernel<T, kPack, Tokens>, dim3(places, ceil_div(D, kPack * kWarpSize)),
+  launch(sum_parts_kernel<T, kPack, Tokens>, grid(places, ceil_div(D, kPack * kWarpSize)),
          dim3(kWarpSize, kTokenLanes), stream, Input<T>(hidden.data, hidden.extent), tokens, parts,
          D, InOut<A>(sums, places * D));
-  launch(finish_pool_kernel<A, Tokens>, dim3(features, ceil_div(D, kFinishThreads)), kFinishThreads,
+  launch(finish_pool_kernel<A, Tokens>, grid(features, ceil_div(D, kFinishThreads)), kFinishThreads,
          stream, Input<A>(sums, places * D), tokens, parts, D, Output<A>(pooled, features * D));
 }
 
@@ -302,7 +302,7 @@ template <class T, int kPack, class Tokens>
 void run_unpool(const States& hidden, const Tokens& tokens, Pooling pooling,
                 const void* grad_pooled, void* grad_hidden, void* stream) {
   const int64_t D = hidden.D;
-  launch(unpool_kernel<T, kPack, Tokens>, ceil_div(tokens.total(), kTokenLanes),
+  launch(unpool_kernel<T, kPack, Tokens>, grid(ceil_div(tokens.total(), kTokenLanes)),
          dim3(kWarpSize, kTokenLanes), stream,
          Input<Accumulator<T>>(grad_pooled, tokens.B * pooling.W() * D), tokens, pooling, D,
          Output<T>(grad_hidden, tokens.total() * D));

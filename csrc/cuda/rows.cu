@@ -182,7 +182,7 @@ RowSpan<InOut<T>> in_out_rows(Rows rows, int64_t count, int64_t bytes) {
 
 template <int kPack>
 dim3 grid_of(int64_t rows, int64_t size) {
-  return dim3(rows * pieces_per_row<kPack>(size));
+  return grid(rows * pieces_per_row<kPack>(size));
 }
 
 template <class Byte>

@@ -35,7 +35,8 @@ def gather_rows(hidden: Tensor, rows: Tensor) -> Tensor:
         rows: [R] int64, each -1 or in [0, B); may repeat.
 
     Returns:
-        [R, ...] contiguous, differentiable with respect to `hidden`.
+        [R, ...] contiguous; of float32, bfloat16, float16 and float64 differentiable with respect
+        to `hidden`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that is not the above.
@@ -92,7 +93,8 @@ def scatter_add_rows_(hidden: Tensor, rows: Tensor, update: Tensor) -> Tensor:
 
     Args:
         hidden: [B, ...] float32, bfloat16, float16 or float64; any strides.
-        rows: [R] int64, each -1 (ignored) or in [0, B); may repeat.
+        rows: [R] int64, each -1 (ignored) or in [0, B); may repeat. A 16-bit row that repeats is
+            rounded after every addition on the CPU, once on CUDA.
         update: [R, ...] of hidden's dtype.
 
     Returns:
