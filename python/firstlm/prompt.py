@@ -66,7 +66,9 @@ def check_one_document_a_row(
     if position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return
     restarts = position_ids[:, 1:] == 0  # [B, T - 1]
-    if attention_mask is not None and attention_mask.ndim == 2:  # positions of padding are 0, too
+    if (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    ):  # padding is at 0, too
         mask = attention_mask[:, -position_ids.shape[1] :].to(restarts.device, torch.bool)
         restarts = restarts & mask[:, 1:] & mask[:, :-1]
     if bool(restarts.any()):
