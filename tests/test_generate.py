@@ -312,6 +312,18 @@ def test_plan_refuses_what_generate_refuses(model):
         model.plan(ids, skip_plan=SkipPlan.full(NUM_LAYERS), budget=0.3, budget_mode="exact")
 
 
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_padding_without_a_mask_is_no_prompt_of_plan_or_generate(model, budget):
+    rows = pad(prompts(LENGTHS))
+    options = {} if budget is None else {"budget": budget, "budget_mode": "exact"}
+    expected = model.plan(**rows, **options)
+    found = model.plan(rows["input_ids"], **options)
+    assert found.skip_plans == expected.skip_plans
+    assert torch.equal(found.keep_prob, expected.keep_prob)
+    answers = model.generate(rows["input_ids"], **options, **LENGTH)
+    assert answers.skip_plans == expected.skip_plans
+
+
 def test_beams_of_the_models_own_generation_config_count_as_one_prompt():
     model = routed_model("llama")
     model.generation_config.num_beams = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,13 @@ def named_arguments(
     return named
 
 
+def option_of(defaults: GenerationConfig, kwargs: Mapping[str, Any], name: str) -> Any:
+    """As transformers: what neither the call nor its config says, the model's own config does."""
+    configs = [c for c in (kwargs.get("generation_config"), defaults) if c is not None]
+    values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
 def check_supported(defaults: GenerationConfig, kwargs: Mapping[str, Any]) -> int:
     """Refuse what cannot work with skip plans, before any work is done.
 
@@ -51,13 +59,7 @@ def check_supported(defaults: GenerationConfig, kwargs: Mapping[str, Any]) -> in
     Raises:
         ValueError: an unsupported option; the message names the way out.
     """
-    # As transformers: what neither the call nor its config says, the model's own config does.
-    configs = [c for c in (kwargs.get("generation_config"), defaults) if c is not None]
-
-    def option(name: str) -> Any:
-        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
+    option = functools.partial(option_of, defaults, kwargs)
     for name, reason in _UNSUPPORTED.items():
         if option(name) is not None:
             raise ValueError(f"generate({name}={option(name)!r}) is not supported: {reason}")

@@ -78,6 +78,22 @@ def check_one_document_a_row(
         )
 
 
+def mask_of_padding(
+    input_ids: torch.Tensor, pad_token_id: int | None, eos_token_id: int | list[int] | None
+) -> torch.Tensor | None:
+    """The mask `[B, T]` that transformers' generate takes where none is given.
+
+    Returns:
+        None (all tokens count) where there is no padding, or padding cannot be told from the end of
+        a sequence.
+    """
+    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    if pad_token_id is None or pad_token_id in ends or input_ids.ndim != 2:
+        return None
+    mask = input_ids != pad_token_id
+    return None if bool(mask.all()) else mask.long()
+
+
 def position_ids_of(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions of the unmasked tokens, `[B, T]`, as transformers' generate counts them."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

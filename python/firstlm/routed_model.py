@@ -22,12 +22,18 @@ from transformers.utils import ModelOutput
 from firstlm.base_weights import Sample, changed_weights
 from firstlm.cache_argument import find_cache, set_cache
 from firstlm.checkpoint import save_checkpoint
-from firstlm.generation import check_supported, drop_cache_if_replanned, named_arguments
+from firstlm.generation import (
+    check_supported,
+    drop_cache_if_replanned,
+    named_arguments,
+    option_of,
+)
 from firstlm.layer_calls import LayerCalls, counting_layer_calls
 from firstlm.prompt import (
     check_labels_leave_a_prompt,
     check_one_document_a_row,
     default_prompt_mask,
+    mask_of_padding,
     position_ids_of,
 )
 from firstlm.router import Router, RouterConfig, warn_of_other_prefill
@@ -244,7 +250,7 @@ class RoutedModel:
 
         Args:
             input_ids: `[B, T]`, padded on either side.
-            attention_mask: `[B, T]`.
+            attention_mask: `[B, T]`; None: as `generate` takes it to be.
             budget, budget_mode: as in `generate`.
             **kwargs: as in `forward`, for example `prompt_mask`, `thresholds` or `skip_plan`.
         """
@@ -252,6 +258,7 @@ class RoutedModel:
         if kwargs.get("skip_plan") is not None:
             mask = plans_to_mask(kwargs["skip_plan"], len(input_ids), len(self.decoder_layers))
             check_protected(mask, self.router_config.protected)
+        attention_mask = self._mask_of(input_ids, attention_mask, {})
         if budget is not None:
             kwargs |= self._budget_arguments(
                 budget, budget_mode, input_ids, attention_mask, kwargs.get("inputs_embeds")
@@ -266,6 +273,21 @@ class RoutedModel:
             **kwargs,
         )
         return RoutingOutput(mask_to_plans(outputs.keep_mask), outputs.keep_prob.detach())
+
+    def _mask_of(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        kwargs: Mapping[str, Any],
+    ) -> torch.Tensor | None:
+        """The given mask, or the one that transformers' generate would find by itself."""
+        if attention_mask is not None or input_ids is None:
+            return attention_mask
+        pad, end = (
+            option_of(self.generation_config, kwargs, name)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        return mask_of_padding(input_ids, pad, end)
 
     def _budget_arguments(
         self,
@@ -343,8 +365,8 @@ class RoutedModel:
         )
         if cache.get_seq_length() == 0:
             if budget is not None:
-                mask = kwargs.get("attention_mask")
                 ids = kwargs.get("input_ids")
+                mask = self._mask_of(ids, kwargs.get("attention_mask"), kwargs)
                 embeds = kwargs.get("inputs_embeds")
                 kwargs |= self._budget_arguments(budget, budget_mode, ids, mask, embeds)
             elif skip_plan is not None:
