@@ -114,12 +114,13 @@ def _sampling(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         name: own.get(name, _OFF[name]) if given.get(name) is None else given[name]
         for name in SAMPLING
     }
-    if given.get("top_k") is None and "top_k" not in own and values["temperature"]:
-        values["top_k"] = _SAMPLED_TOP_K
-    return {
+    found = {
         name: _count(name, value) if isinstance(_OFF[name], int) else number(name, value)
         for name, value in values.items()
     }
+    if given.get("top_k") is None and "top_k" not in own and found["temperature"]:
+        found["top_k"] = _SAMPLED_TOP_K
+    return found
 
 
 def _count(name: str, value: Any) -> int:
