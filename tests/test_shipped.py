@@ -64,5 +64,6 @@ def test_the_command_plans_with_them_unless_told_otherwise():
 
 def test_an_evaluation_takes_their_name_and_the_rate_they_were_trained_for():
     folders = methods.folders_of(checkpoint.SHIPPED)
+    assert [checkpoint.name_of(f) for f in folders[None]] == [checkpoint.SHIPPED]
     methods.check_folders(folders, "checkpoints")
     assert methods.rates_of(folders, None) == [0.2667]

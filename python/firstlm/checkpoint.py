@@ -75,6 +75,11 @@ def find_checkpoint(
     return folder
 
 
+def name_of(folder: str | os.PathLike[str]) -> str:
+    """What a report calls a checkpoint's folder: where firstlm is installed is no part of it."""
+    return SHIPPED if Path(folder) == _SHIPPED_FOLDER else str(folder)
+
+
 def base_config_sha256(base: str | Path, **kwargs: Any) -> str:
     """Hash of what the base's own config says the model is.
 

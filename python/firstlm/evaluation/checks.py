@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from firstlm.checkpoint import name_of
 from firstlm.decode_paths import DecodePath
 from firstlm.held_out import Example
 from firstlm.settings import flatten
@@ -140,7 +141,7 @@ def check_steps(first: str, controls: Mapping[str, str]) -> str:
         if _has_warmup(first) and not _has_warmup(folder):
             otherwise.append(f"{name}: no warm-up")
     if own is None:
-        return f"unknown: no result.json beside {first}"
+        return f"unknown: no result.json beside {name_of(first)}"
     found = [f"{own} steps", *([f"unknown of {', '.join(unknown)}"] if unknown else []), *otherwise]
     return "; ".join(found)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from firstlm import figures
 from firstlm.atomic import write_text
+from firstlm.checkpoint import name_of
 from firstlm.evaluation.records import Evaluation, ExampleResult, Method, MethodResult, Timing
 
 RESULTS, EXAMPLES = "results.json", "examples.jsonl"
@@ -27,7 +28,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, seed: int) -> list[di
     rows = statistics.rows(evaluation)
     methods = [
         {
-            "method": dataclasses.asdict(result.method),
+            "method": _told(result.method),
             "num_layers": result.num_layers,
             "timing": None if result.timing is None else dataclasses.asdict(result.timing),
             "notes": result.notes,
@@ -59,3 +60,8 @@ def read_evaluation(folder: str | Path) -> Evaluation:
             MethodResult(method, one["num_layers"], examples[method.key], timing, one["notes"])
         )
     return Evaluation(found["settings"], results, found["checks"])
+
+
+def _told(method: Method) -> dict[str, Any]:
+    told = dataclasses.asdict(method)
+    return told if method.checkpoint is None else told | {"checkpoint": name_of(method.checkpoint)}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from firstlm.checkpoint import name_of
 from firstlm.evaluation import tables
 from firstlm.evaluation.records import Evaluation
 from firstlm.evaluation.statistics import RESAMPLES, is_first
@@ -44,7 +45,7 @@ def _model(evaluation: Evaluation, rows: Sequence[Row]) -> str:
     layers = f"{rows[0]['num_layers']} layers"
     if not own:
         return f"{count} methods of a model of {layers}, without FiRST."
-    folders = ", ".join(dict.fromkeys(m.checkpoint for m in own if m.checkpoint))
+    folders = ", ".join(dict.fromkeys(name_of(m.checkpoint) for m in own if m.checkpoint))
     rates = " and ".join(f"{rate:.3g}" for rate in sorted({m.skip_rate_asked for m in own}))
     seeds = sorted({m.seed for m in own})
     steps = dict.fromkeys(re.findall(r"(\d+) steps", evaluation.checks.get("optimizer steps", "")))

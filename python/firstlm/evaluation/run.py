@@ -21,6 +21,7 @@ import torch
 
 import firstlm
 from firstlm import figures, loading
+from firstlm.checkpoint import name_of
 from firstlm.data import PromptAnswerCollator
 from firstlm.evaluation import checks, early_exit, timing
 from firstlm.evaluation import methods as rules
@@ -260,7 +261,7 @@ class Run:
                 weights.path, examples, weights.protected, weights.num_layers
             )
 
-        name = group[0].checkpoint or "base"
+        name = name_of(group[0].checkpoint) if group[0].checkpoint else "base"
         found = self.once({"what": "skipping", **same}, skipping)
         self.checks[f"a plan without unprotected layers changes the loss, {name}"] = found
         for method in group:
