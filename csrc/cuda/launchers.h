@@ -44,7 +44,8 @@ void plan_rows(const bool* keep_mask, int64_t B, int64_t L, int64_t* rows, int64
                void* stream);
 
 // As the functions of these names in firstlm, on a batch of B rows; `out` is contiguous. What names
-// no row of the batch is taken for -1. Rows that two values go to hold one of them, in place a mixture.
+// no row of the batch is taken for -1. Rows that two values go to hold one of them, in place a
+// mixture.
 void gather_rows(ConstRows hidden, int64_t B, const int64_t* rows, int64_t R, int64_t row_bytes,
                  void* out, void* stream);
 void scatter_rows(ConstRows hidden, int64_t B, const RowUpdate& update, RowSize size, void* out,
