@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-_SAMPLES = 16  # values of a parameter that are compared
+# Values of a parameter that are compared: neighbours, so that of a file that is mapped into memory
+# one page is read. What merges or trains a parameter changes all of it.
+_SAMPLES = 16
 _CASTS = (torch.bfloat16, torch.float16)  # of `model.to(dtype)`, which may be cast back
 
 # A parameter's shape, and some of its values.
@@ -37,9 +39,8 @@ def changed_weights(model: nn.Module, loaded: Mapping[str, Sample]) -> list[str]
 @torch.no_grad()
 def _values(parameter: nn.Parameter) -> torch.Tensor:
     flat = parameter.reshape(-1)
-    count = min(_SAMPLES, flat.numel())
-    at = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-    return flat[at.to(flat.device)].cpu()
+    start = max(0, flat.numel() - _SAMPLES) // 2
+    return flat[start : start + _SAMPLES].to("cpu", copy=True)
 
 
 def _same(before: Sample, after: Sample) -> bool:
