@@ -157,8 +157,7 @@ std::tuple<Tensor, Tensor> plan_rows_composite(const Tensor& keep_mask) {
   return {at::where(place < counts.unsqueeze(1), order, -1), counts};
 }
 
-// What rows name of a batch of B; others are left out, and never copied to the host to be looked
-// at.
+// What rows name of a batch of B. What they hold is never copied to the host.
 Tensor named(const Tensor& rows, int64_t B) { return (rows >= 0).logical_and_(rows < B); }
 
 Tensor gather_rows_composite(const Tensor& hidden, const Tensor& rows) {

@@ -146,11 +146,11 @@ class RoutedModel:
             raise ValueError("forward needs input_ids [B, T] or inputs_embeds [B, T, D]")
         batch_size, num_layers = tokens.shape[0], len(self.decoder_layers)
         cache = find_cache({"cache": cache, "past_key_values": past_key_values})
-        if use_cache is None:
+        if cache is None and use_cache is None:
             use_cache = self._wants_cache(labels, inputs_embeds, gate)
-        cache = self._cache_for(cache, use_cache)
+        cache = self._cache_for(cache, bool(use_cache))
         follows_cache = cache is not None and cache.get_seq_length() > 0
-        if cache is not None and cache.keep_mask is not None:
+        if cache is not None and cache.batch_size >= 0:
             cache.check_batch(batch_size)
             if skip_plan is None and not follows_cache:
                 skip_plan = cache.keep_mask  # of SkipCache.set_plans
